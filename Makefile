@@ -1,0 +1,42 @@
+# `make demo` and `make test` are all a new machine needs; both make the environment themselves and can be repeated.
+PYTHON ?= python3
+VENV ?= .venv
+OLDEST ?= .venv-oldest
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo check test test-oldest clean
+
+setup: $(VENV)/ready
+
+# torch comes first and under a constraint, so that nothing pulls in another build of it.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/rankfold demo
+
+check: setup
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+$(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet -c constraints.txt torch
+	$(OLDEST)/bin/pip install --quiet -c constraints.txt -c constraints-oldest.txt -e '.[dev]'
+	touch $@
+
+test-oldest: $(OLDEST)/ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 tests/architectures
+
+clean:
+	rm -rf $(VENV) $(OLDEST) demo-checkpoint

@@ -1,0 +1,91 @@
+"""What a rank costs: the largest rank within a budget, and the rank at which a form stops paying."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rankfold.plan import Option, stored_parameters
+from rankfold.sites import Site
+
+
+def rank_within(form: str, site: Site, budget: int, bias: bool) -> int:
+    """Largest rank whose form needs at most `budget` numbers, bias included; below 1 where none does.
+
+    >>> site = Site("up", 100, 50, False, 4, None, "up", "up")
+    >>> rank_within("low_rank", site, budget=1600, bias=True), rank_within("tucker", site, budget=1600, bias=True)
+    (10, 9)
+    """
+    sides = site.out_features + site.in_features
+    weights = budget - site.out_features * bias
+    root = math.isqrt(max(sides**2 + 4 * weights, 0))
+    rank = weights // sides if form == "low_rank" else (root - sides) // 2
+    return min(rank, site.out_features, site.in_features)
+
+
+def break_even_rank(form: str, site: Site, bias: bool) -> int:
+    """Largest rank at which the form is smaller than the dense layer (docs/mathematics.md, eq. 7).
+
+    >>> break_even_rank("low_rank", Site("q", 64, 64, False, 4, None, "q", "q"), bias=False)
+    31
+    """
+    return rank_within(form, site, site.parameters - 1, bias)
+
+
+def dense_option(group: Sequence[Site], note: str = "") -> Option:
+    """The option to leave sites as they are."""
+    parameters = sum(site.parameters for site in group)
+    return Option(
+        sites=tuple(site.name for site in group),
+        bias=group[0].bias,
+        parameters=parameters,
+        bytes=parameters * group[0].bytes_per_parameter,
+        note=note,
+    )
+
+
+def option_at(form: str, group: Sequence[Site], rank: int, bias: bool) -> Option:
+    """The option to give every site of a group this rank; dense, with a note, where that would store more.
+
+    Raises:
+        ValueError: If the rank is below 1 or above `min(out, in)`.
+    """
+    site = group[0]
+    limit = min(site.out_features, site.in_features)
+    if not 1 <= rank <= limit:
+        raise ValueError(
+            f"{site.name}: rank must lie between 1 and min(out, in) = {limit}, but got {rank} for a matrix of shape "
+            f"({site.out_features}, {site.in_features}). Change --rank, or pass --keep to let the allocation choose it."
+        )
+    bias = site.bias or bias
+    break_even = break_even_rank(form, site, bias)
+    if rank > break_even:
+        return dense_option(group, f"rank {rank} would store more than the dense matrix (break-even rank {break_even})")
+    ranks = (rank,) if form == "low_rank" else (rank, rank)
+    each = stored_parameters(form, site.out_features, site.in_features, ranks, bias)
+    return Option(
+        sites=tuple(site.name for site in group),
+        form=form,
+        ranks=ranks,
+        bias=bias,
+        parameters=each * len(group),
+        bytes=each * len(group) * site.bytes_per_parameter,
+    )
+
+
+def round_rank(rank: int, multiple: int) -> int:
+    """The rank lowered to a multiple, as fast kernels like it; a rank below one multiple stays as it is.
+
+    >>> round_rank(100, 64), round_rank(50, 64)
+    (64, 50)
+    """
+    return rank - rank % multiple if rank >= multiple else rank
+
+
+def groups(sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites that get one rank together: the slices of one stack of experts, and every other site alone."""
+    result: dict[str, list[Site]] = {}
+    for site in sites:
+        stack = site.name.rpartition(".")[0] if site.kind.endswith(".*") else site.name
+        result.setdefault(stack, []).append(site)
+    return list(result.values())

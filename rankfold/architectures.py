@@ -1,0 +1,222 @@
+"""Model classes with factorized modules: made from stock ones, known to the Auto classes, written out as code."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+
+from rankfold.modules import Factorized, FactorizedLinear, LinearStack
+from rankfold.plan import Plan
+
+PREFIX = "rankfold-"
+"""Begins every model type of ours, so that no loader takes a checkpoint for the stock model."""
+
+CODE_FILE = "modeling_rankfold.py"
+"""The file in a checkpoint that loads it where rankfold is not installed."""
+
+AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSeq2SeqLM",
+)
+
+_MODULE_FILES = ("module_weight", "factorized_linear", "low_rank_linear", "tucker_linear", "linear_stack", "install")
+
+
+class _FactorizedModel(Factorized):
+    """The classes made here also write the code that loads them elsewhere whenever they are saved."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, and put the loading code beside the weights."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        config.auto_map = _auto_map(stock_class(type(config)))
+        result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        (Path(save_directory) / CODE_FILE).write_text(modeling_code(stock_class(type(config))))
+        return result
+
+
+def config_class_for(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
+    """Our configuration class for a stock one; made and registered with the Auto classes on first use."""
+    name = f"Rankfold{stock.__name__}"
+    made: Any = globals().get(name)
+    if made is None:
+        made = globals()[name] = type(name, (stock,), {"model_type": PREFIX + stock.model_type, "__module__": __name__})
+        AutoConfig.register(made.model_type, made, exist_ok=True)
+        for auto_class, model_class in stock_models(stock).items():
+            getattr(transformers, auto_class).register(made, model_class_for(model_class, made), exist_ok=True)
+    return made  # type: ignore[no-any-return]
+
+
+def model_class_for(stock: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """Our model class for a stock one."""
+    name = f"Rankfold{stock.__name__}"
+    if name not in globals():
+        # Kept in the module so that the class can be found again by name, as pickling and multiprocessing do.
+        globals()[name] = type(
+            name,
+            (_FactorizedModel, stock),
+            {"config_class": config_class, "__module__": __name__, "__doc__": stock.__doc__},
+        )
+    return globals()[name]  # type: ignore[no-any-return]
+
+
+def stock_class(made: type[Any]) -> type[Any]:
+    """The transformers class under one of ours; a stock class is its own."""
+    return next(
+        base for base in made.__mro__ if not base.__name__.startswith(("Rankfold", "_Factorized", "Factorized"))
+    )
+
+
+def stock_models(config: type[PretrainedConfig]) -> dict[str, type[PreTrainedModel]]:
+    """The stock model class behind each Auto class that knows this configuration."""
+    found = {}
+    for auto_class in AUTO_CLASSES:
+        mapping = getattr(transformers, auto_class)._model_mapping
+        if config in mapping:
+            model_class = mapping[config]
+            found[auto_class] = model_class[0] if isinstance(model_class, tuple) else model_class
+    return found
+
+
+class _LazyTypes(dict[str, Any]):
+    """Our model types, each made when it is asked for: making all of them would import every architecture."""
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or (
+            isinstance(model_type, str)
+            and model_type.startswith(PREFIX)
+            and model_type.removeprefix(PREFIX) in CONFIG_MAPPING_NAMES
+        )
+
+    def __missing__(self, model_type: str) -> type[PretrainedConfig]:
+        return config_class_for(CONFIG_MAPPING[model_type.removeprefix(PREFIX)])
+
+
+def register() -> None:
+    """Let transformers' Auto classes know our model types; done when rankfold is imported."""
+    if not isinstance(CONFIG_MAPPING._extra_content, _LazyTypes):
+        CONFIG_MAPPING._extra_content = _LazyTypes(CONFIG_MAPPING._extra_content)
+
+
+def adopt(model: Any, plan: Plan) -> None:
+    """Turn a model with replaced modules into one of our classes, in place, so that it saves and loads as itself."""
+    config_class = config_class_for(stock_class(type(model.config)))
+    model.config.__class__ = config_class
+    model.__class__ = model_class_for(stock_class(type(model)), config_class)
+    model.config.rankfold = plan.to_dict()
+    model.config.architectures = [type(model).__name__]
+
+
+def release(model: Any) -> None:
+    """Turn a model of ours into the stock one, in place: every factorized module becomes its dense product."""
+    stock = stock_class(type(model))
+    with torch.device("meta"):
+        pattern = stock(_stock_config(model.config))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, FactorizedLinear):
+            linear = module.to_dense()
+            dense: nn.Module = linear
+            owner = model.get_submodule(path.rpartition(".")[0])
+            if not isinstance(owner, LinearStack) and type(pattern.get_submodule(path)).__name__ == "Conv1D":
+                dense = _to_conv1d(linear, pattern.get_submodule(path))
+            model.set_submodule(path, dense)
+    restack(model)
+    model.config.__class__ = stock_class(type(model.config))
+    model.__class__ = stock
+    for attribute in ("rankfold", "auto_map"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
+    model.config.architectures = [stock.__name__]
+
+
+def restack(model: Any) -> None:
+    """Give stacks whose layers are all dense back their one parameter."""
+    for path, stack in list(model.named_modules()):
+        if isinstance(stack, LinearStack) and all(type(layer) is nn.Linear for layer in stack.children()):
+            owner_path, _, name = path.rpartition(".")
+            owner = model.get_submodule(owner_path)
+            stacked = torch.stack([parameter.detach() for parameter in stack.parameters()])
+            delattr(owner, name)
+            setattr(owner, name, nn.Parameter(stacked))
+
+
+def _stock_config(config: PretrainedConfig) -> PretrainedConfig:
+    settings = config.to_dict()
+    settings.pop("rankfold", None)
+    settings.pop("model_type", None)
+    return stock_class(type(config))(**settings)  # type: ignore[no-any-return]
+
+
+def _to_conv1d(linear: nn.Linear, pattern: Any) -> nn.Module:
+    """GPT-2's transposed linear layer."""
+    conv: nn.Module = type(pattern)(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+    bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+    conv.bias = nn.Parameter(bias.to(linear.weight))
+    return conv
+
+
+def _auto_map(stock: type[PretrainedConfig]) -> dict[str, str]:
+    module = CODE_FILE.removesuffix(".py")
+    models = {auto: f"{module}.Rankfold{cls.__name__}" for auto, cls in stock_models(stock).items()}
+    return {"AutoConfig": f"{module}.Rankfold{stock.__name__}", **models}
+
+
+def modeling_code(stock: type[PretrainedConfig]) -> str:
+    """A module that defines our classes for one architecture with nothing but torch and transformers.
+
+    The code of the modules is this package's own, its imports of itself taken out.
+    """
+    models = list(dict.fromkeys(stock_models(stock).values()))
+    names = ", ".join(sorted([stock.__name__, *(model.__name__ for model in models)]))
+    sources = [_definitions(f"rankfold.modules.{name}") for name in _MODULE_FILES]
+    config = f'class Rankfold{stock.__name__}({stock.__name__}):\n    model_type = "{PREFIX}{stock.model_type}"\n'
+    classes = [
+        f"class Rankfold{model.__name__}(Factorized, {model.__name__}):\n    config_class = Rankfold{stock.__name__}\n"
+        for model in models
+    ]
+    return "\n\n".join([_HEADER + f"from transformers import {names}\n", *sources, config, *classes])
+
+
+_HEADER = '''"""Loads this checkpoint without rankfold: AutoModel.from_pretrained(folder, trust_remote_code=True).
+
+Written by rankfold when the checkpoint was saved. With rankfold imported this file is not used.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
+'''
+
+
+def _definitions(module_name: str) -> str:
+    """The source of a module without its docstring and imports."""
+    source = inspect.getsource(importlib.import_module(module_name))
+    body = [node for node in ast.parse(source).body if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))]
+    segments = [ast.get_source_segment(source, node) or "" for node in body]
+    decorated = [
+        "\n".join(f"@{ast.unparse(decorator)}" for decorator in getattr(node, "decorator_list", [])) for node in body
+    ]
+    pieces = [f"{above}\n{text}" if above else text for above, text in zip(decorated, segments, strict=True)]
+    return re.sub(r"\n{4,}", "\n\n\n", "\n\n\n".join(pieces)) + "\n"

@@ -1,0 +1,229 @@
+"""Text for calibration and evaluation, from files, data sets or the bundled sample, as windows of tokens."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.resources
+import json
+import lzma
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+BUNDLED = ("bundled:calibration", "bundled:python-held-out", "bundled:english-held-out")
+"""Names of the bundled texts: a mixed sample to calibrate on, and two to evaluate on."""
+
+_FILE_SUFFIXES = {".txt", ".md", ".py", ".rst", ".raw", ".tokens", ".json", ".jsonl", ".gz", ".xz"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts and where they came from."""
+
+    name: str
+    texts: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the texts in their order."""
+        digest = hashlib.sha256()
+        for text in self.texts:
+            digest.update(text.encode())
+            digest.update(b"\0")
+        return digest.hexdigest()
+
+
+def load_corpus(source: str | Path, limit_characters: int = 50_000_000) -> Corpus:
+    """Texts from a file, a data set of the hub, or the bundled sample.
+
+    Args:
+        source: A text file; a JSONL file, plain, `.gz` or `.xz`, with `text`, `content` or `messages` in each row;
+            a data set `name`, `name:config` or `name:config:split`, read as a stream; or a name of `BUNDLED`.
+        limit_characters: Reading stops here, since a calibration needs little.
+
+    Raises:
+        ValueError: If the source does not exist, cannot be read as text, or holds no text.
+    """
+    name, path = str(source), Path(source)
+    if name in BUNDLED:
+        stream: Iterator[str] = _bundled(name)
+    elif path.is_file():
+        stream = _file_texts(path)
+    elif path.is_dir() or _FILE_SUFFIXES & set(path.suffixes) or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{name}: a corpus must be a text or JSONL file, a data set name or one of {BUNDLED}; no such file."
+        )
+    else:
+        stream = _dataset_texts(name)
+    texts, total = [], 0
+    for text in stream:
+        if text.strip():
+            texts.append(text)
+            total += len(text)
+        if total >= limit_characters:
+            break
+    if not texts:
+        raise ValueError(f"{name}: a corpus must hold text, but this one is empty.")
+    return Corpus(path.name if path.is_file() else name, tuple(texts))
+
+
+def _bundled(name: str) -> Iterator[str]:
+    file = importlib.resources.files("rankfold.calibration") / "sample" / f"{name.removeprefix('bundled:')}.jsonl.gz"
+    with file.open("rb") as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+def _file_texts(path: Path) -> Iterator[str]:
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    try:
+        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            if {".json", ".jsonl"} & set(path.suffixes):
+                yield from _json_texts(path, file)
+            else:
+                yield file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: a corpus must be UTF-8 text, but byte {error.start} is not. Convert it first."
+        ) from error
+
+
+def _json_texts(path: Path, lines: IO[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: each line must be one JSON object ({error}).") from error
+        yield _row_text(row, f"{path}, line {number}")
+
+
+def _row_text(row: Any, place: str) -> str:
+    """The text of a row: a string, or an object with `text`, `content` or chat `messages`."""
+    if isinstance(row, str):
+        return row
+    for key in ("text", "content", "sentence"):
+        if isinstance(row.get(key), str):
+            return cast(str, row[key])
+    if isinstance(row.get("messages"), list):
+        return "\n\n".join(str(message.get("content", "")) for message in row["messages"])
+    raise ValueError(f"{place}: a row must have `text`, `content`, `sentence` or `messages`, but has {sorted(row)}.")
+
+
+def _dataset_texts(name: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(
+            f"{name}: no such file, and reading it as a data set needs an extra: pip install 'rankfold[datasets]'"
+        ) from error
+    dataset, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}: neither a file here nor a data set that can be reached ({error}).") from error
+    for number, row in enumerate(rows):
+        yield _row_text(row, f"{name}, row {number}")
+
+
+def token_stream(tokenizer: Any, texts: Sequence[str]) -> Int[Tensor, " tokens"]:
+    """All texts as one stream; each text begins with the tokenizer's begin token, or ends with its end token."""
+    begin, end = special_tokens(tokenizer)
+    pieces: list[int] = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if begin is not None and end is None:
+            pieces.append(begin)
+        pieces.extend(ids)
+        if begin is None and tokenizer.eos_token_id is not None:
+            pieces.append(tokenizer.eos_token_id)
+    return torch.tensor(pieces, dtype=torch.long)
+
+
+def special_tokens(tokenizer: Any) -> tuple[int | None, int | None]:
+    """What the tokenizer puts before and after a text by itself: (BOS or CLS, SEP), each `None` where it does not."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    if full == plain:
+        return None, None
+    begin = full[0] if full[: len(plain)] != plain else None
+    end = full[-1] if full[-len(plain) :] != plain and full[-1] != tokenizer.eos_token_id else None
+    return begin, end
+
+
+def split_windows(
+    stream: Int[Tensor, " tokens"], length: int, begin: int | None = None, end: int | None = None
+) -> Int[Tensor, "windows length"]:
+    """Consecutive windows without overlap, each framed by the given tokens; the rest of the stream is left out.
+
+    Raises:
+        ValueError: If the stream is shorter than one window.
+    """
+    inner = _inner_length(stream, length, begin, end)
+    return _frame(stream[: len(stream) // inner * inner].reshape(-1, inner), begin, end)
+
+
+def random_windows(
+    stream: Int[Tensor, " tokens"],
+    count: int,
+    length: int,
+    seed: int = 0,
+    begin: int | None = None,
+    end: int | None = None,
+) -> Int[Tensor, "count length"]:
+    """Windows that start at random places of the stream, each framed by the given tokens.
+
+    Raises:
+        ValueError: If the stream is shorter than one window.
+    """
+    inner = _inner_length(stream, length, begin, end)
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(stream) - inner + 1, (count,), generator=generator)
+    return _frame(torch.stack([stream[start : start + inner] for start in starts.tolist()]), begin, end)
+
+
+def _inner_length(stream: Tensor, length: int, begin: int | None, end: int | None) -> int:
+    inner = length - (begin is not None) - (end is not None)
+    if len(stream) < inner or inner < 1:
+        raise ValueError(
+            f"A corpus must fill at least one window of {length} tokens, but holds {len(stream)}. "
+            "Take more text, or shorter windows (--length)."
+        )
+    return inner
+
+
+def _frame(windows: Tensor, begin: int | None, end: int | None) -> Tensor:
+    columns = [windows.new_full((len(windows), 1), token) if token is not None else None for token in (begin, end)]
+    parts = [columns[0], windows, columns[1]]
+    return torch.cat([part for part in parts if part is not None], dim=1)
+
+
+def make_batches(model: Any, windows: Int[Tensor, "windows length"], batch_size: int = 8) -> list[dict[str, Tensor]]:
+    """Keyword arguments of forward calls, on the model's device; a decoder reads what its encoder reads.
+
+    Raises:
+        ValueError: If a token id lies outside the model's vocabulary.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(windows) and int(windows.max()) >= vocabulary:
+        raise ValueError(
+            f"Token ids must be below the model's vocabulary of {vocabulary}, but the corpus holds "
+            f"{int(windows.max())}. "
+            "The tokenizer belongs to another model."
+        )
+    device = next(model.parameters()).device
+    batches = []
+    for ids in torch.split(windows, batch_size):
+        batch = {"input_ids": ids.to(device)}
+        if model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = batch["input_ids"]
+        batches.append(batch)
+    return batches

@@ -1,0 +1,133 @@
+"""A Hugging Face folder that loads: read with its own class, written whole or not at all, exported dense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+
+from rankfold.architectures import AUTO_CLASSES, PREFIX, release
+from rankfold.shards import check_folder, whole_folder
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A model with the class that its configuration names, dense or factorized, in evaluation mode.
+
+    Args:
+        source: A model folder or the name of a model on the hub.
+        dtype: Dtype of the weights; without it the checkpoint's own.
+        device: Where to put the model; without it the CPU.
+        trust_remote_code: Whether code that lies in the folder may run.
+
+    Raises:
+        ValueError: If there is no such model, a shard is missing or damaged, or weights that the model needs are
+            not in the checkpoint.
+    """
+    _check_source(source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        auto_class = auto_class_for(config)
+        model, info = auto_class.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{source}: no model folder, and no model of that name on the hub can be reached ({error})."
+        ) from error
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{source}: a shard cannot be read ({error}). Copy or download it again.") from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing:
+        raise ValueError(
+            f"{source}: the checkpoint must hold every weight of {type(model).__name__}, but {len(missing)} are missing "
+            f"or of another shape, for example {missing[:3]}. They would be random; take a whole checkpoint."
+        )
+    return (model.to(device) if device is not None else model).eval()
+
+
+def auto_class_for(config: Any) -> Any:
+    """The Auto class whose model for this configuration is the one that the configuration names."""
+    wanted = (config.architectures or [None])[0]
+    known = [name for name in AUTO_CLASSES if type(config) in getattr(transformers, name)._model_mapping]
+    for name in known:
+        model_class = getattr(transformers, name)._model_mapping[type(config)]
+        if wanted in {cls.__name__ for cls in (model_class if isinstance(model_class, tuple) else (model_class,))}:
+            return getattr(transformers, name)
+    fallback = "AutoModelForCausalLM" if "AutoModelForCausalLM" in known or not known else known[0]
+    return getattr(transformers, fallback)
+
+
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lies beside a model.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{source}: no tokenizer lies beside the model ({error}). Copy its files there.") from error
+
+
+def save(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a model and its tokenizer as a folder that `from_pretrained` loads, whole or not at all.
+
+    Args:
+        model: A model, usually after `rankfold.compress`.
+        tokenizer: Its tokenizer, or `None`.
+        folder: Where to write; weights go to a temporary folder beside it, which is renamed when whole.
+        overwrite: Whether an existing folder may be replaced.
+
+    Raises:
+        ValueError: If the folder exists, or the disk is full.
+    """
+    target = Path(folder)
+    try:
+        with whole_folder(target, overwrite) as partial:
+            model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            check_folder(partial)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{target}: the checkpoint could not be written ({error}); nothing was left there.") from error
+    return target
+
+
+def export_dense(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Multiply all factors out and write an ordinary checkpoint that needs no rankfold; the model becomes dense.
+
+    Raises:
+        ValueError: If the model is not factorized, the folder exists, or the disk is full.
+    """
+    if not model.config.model_type.startswith(PREFIX):
+        raise ValueError(
+            f"A {type(model).__name__} is an ordinary model already: there are no factors to multiply out."
+        )
+    release(model)
+    return save(model, tokenizer, folder, overwrite=overwrite)
+
+
+def _check_source(source: str | Path) -> None:
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ValueError(f"{path}: a model folder must hold config.json, but this one does not.")
+        check_folder(path)
+    elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise ValueError(f"{source}: a model must be a folder with config.json, or a name on the hub; no such folder.")

@@ -1,0 +1,305 @@
+"""The command line: one verb for each step, a table for people on stderr, records for programs on stdout."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+
+from rankfold import demo as demonstration
+from rankfold.allocation import ALLOCATIONS, allocate
+from rankfold.calibration import load_corpus, make_batches, random_windows, special_tokens, token_stream
+from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
+from rankfold.compress import compress as compress_at_once
+from rankfold.compress import compress_blocks
+from rankfold.cost import parameter_count, versions
+from rankfold.factorization import METHODS
+from rankfold.inspection import inspect_sites
+from rankfold.measure import (
+    circumstances,
+    evaluation_windows,
+    measure_accuracy,
+    measure_latency,
+    measure_quality,
+    measure_size,
+    table,
+)
+from rankfold.plan import DENSE, Plan
+from rankfold.record import Record
+from rankfold.report.figures import draw_spectra
+from rankfold.sites import Sites, find_sites
+from rankfold.terminal import console, print_table, progress, say, write_records
+
+app = typer.Typer(
+    help="Make a language model smaller and faster by low-rank decomposition, and see what that costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Model = Annotated[str, typer.Argument(help="Model folder, or name on the Hugging Face hub.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Records = Annotated[Path | None, typer.Option("--output", help="File for the records (default: stdout).")]
+SiteNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sites", help="Pattern or kind of site, such as 'mlp.c_proj'; repeat it (default: all in the blocks)."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    sites: SiteNames = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the spectra into this .png or .svg.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    output: Records = None,
+) -> None:
+    """List what can be factorized: shape, break-even rank, spectrum; and what cannot, with the reason."""
+    loaded = load_model(model, dtype=_dtype(dtype), device=device)
+    chosen = find_sites(loaded).select(sites or ())
+    with progress("spectra", len(chosen)) as advance:
+        inspections = inspect_sites(loaded, chosen, advance)
+    rows = []
+    for found in inspections:
+        site, full = found.site, min(found.site.out_features, found.site.in_features)
+        energies = [f"{found.energy(rank) or 0:.0%}" for rank in (full // 8, full // 4, full // 2)]
+        shape = f"{site.out_features} x {site.in_features}"
+        parts = " (" + "+".join(part.name for part in site.parts) + ")" if site.parts else ""
+        rows.append(
+            [site.name + parts, shape, f"{found.aspect:.2f}", str(found.break_even), f"{found.share:.2%}", *energies]
+        )
+    header = ["site", "out x in", "aspect", "break-even", "of model", "energy at 1/8", "at 1/4", "at 1/2 of full rank"]
+    print_table(f"{model}: {len(chosen)} sites", header, rows)
+    print_table("not factorized", ["weight", "shape", "reason"], _skipped_rows(chosen))
+    if plot:
+        spectra: dict[str, dict[str, Sequence[float]]] = {}
+        for found in inspections:
+            spectra.setdefault(found.site.kind, {})[found.site.name] = found.spectrum
+        draw_spectra(spectra, plot)
+        say(f"Spectra drawn to {plot}")
+    write_records([found.record() for found in inspections], output)
+
+
+@app.command()
+def compress(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder of the compressed model; written whole or not at all.")],
+    keep: Annotated[float | None, typer.Option(help="Fraction of the sites' parameters to keep, in (0, 1].")] = None,
+    rank: Annotated[int | None, typer.Option(help="An explicit rank for all sites, instead of --keep.")] = None,
+    method: Annotated[str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.")] = "whitened",
+    allocation: Annotated[str, typer.Option(help=f"How to choose ranks: {', '.join(ALLOCATIONS)}.")] = "uniform",
+    sites: SiteNames = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text to calibrate on: a text or JSONL file, or a data set name.")
+    ] = "bundled:calibration",
+    sequences: Annotated[int, typer.Option(help="Sequences of the calibration text.")] = 128,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens a sequence (default: 512, or what the model reads).")
+    ] = None,
+    multiple: Annotated[int, typer.Option(help="Lower ranks to a multiple of this, for fast kernels.")] = 1,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Factorize a model and save a checkpoint that loads in transformers."""
+    start = time.perf_counter()
+    _check_output(output, overwrite)
+    loaded, tokenizer = load_model(model, dtype=_dtype(dtype), device=device), load_tokenizer(model)
+    chosen = find_sites(loaded).select(sites or ())
+    before = parameter_count(loaded)
+    budget: dict[str, Any] = {"keep": keep if keep is not None or rank is not None else 0.8, "rank": rank}
+    settings: dict[str, Any] = {"method": method, "allocation": allocation, "multiple": multiple, "seed": seed}
+    plan = replace(allocate(chosen, **budget, **settings), versions=versions())
+    _check_space(output, loaded, plan, chosen)
+    if METHODS[method].needs_data:
+        corpus = load_corpus(calibration)
+        length = length or default_length(loaded.config)
+        windows = random_windows(
+            token_stream(tokenizer, corpus.texts), sequences, length, seed, *special_tokens(tokenizer)
+        )
+        facts = {"corpus": corpus.name, "sha256": corpus.sha256, "sequences": sequences, "tokens": windows.numel()}
+        plan = replace(plan, calibration=facts)
+        say(f"Calibrating on {sequences} x {length} tokens of {corpus.name}.")
+        if calibration.startswith("bundled:"):
+            say("This is the bundled sample; text like your own gives a better model: --calibration my_text.jsonl")
+        batches = make_batches(loaded, windows)
+        blocks = len({site.block for site in chosen if site.block})
+        with progress("blocks x batches", (blocks + 1) * len(batches)) as advance:
+            plan = compress_blocks(loaded, plan, chosen, batches, on_batch=advance)
+    else:
+        with progress("sites", len(chosen)) as advance:
+            plan = compress_at_once(loaded, plan, on_site=advance)
+    save(loaded, tokenizer, output, overwrite=overwrite)
+    _report_plan(output, plan, chosen, before, parameter_count(loaded), time.perf_counter() - start)
+
+
+@app.command()
+def measure(
+    model: Model,
+    dense: Annotated[str | None, typer.Option(help="The dense model, measured beside it.")] = None,
+    text: Annotated[str, typer.Option(help="Evaluation text: a text or JSONL file, or a data set name.")] = "",
+    labels: Annotated[Path | None, typer.Option(help="JSONL with sentence and label, for a classifier.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a window (default: 512, or what the model reads).")] = None,
+    windows: Annotated[int, typer.Option(help="Windows to score at most.")] = 256,
+    latency: Annotated[bool, typer.Option(help="Time prefill and decoding, models interleaved.")] = True,
+    prompt: Annotated[int, typer.Option(help="Tokens of the timed prompt.")] = 128,
+    batch: Annotated[int, typer.Option(help="Prompts timed at once.")] = 1,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    output: Records = None,
+) -> None:
+    """Measure quality, size and speed, beside the dense model where it is given."""
+    names = {"dense": dense, "compressed": model} if dense else {"model": model}
+    folders = {name: source for name, source in names.items() if Path(str(source)).is_dir()}
+    models = {name: load_model(str(source), dtype=_dtype(dtype), device=device) for name, source in names.items()}
+    tokenizer = load_tokenizer(model)
+    records = measure_size(models, folders, circumstances())
+    if labels is not None:
+        records += measure_accuracy(models, tokenizer, labels, circumstances(data=labels.name))
+    elif models[next(reversed(models))].can_generate():
+        corpus = load_corpus(text or "bundled:english-held-out")
+        tokens = evaluation_windows(
+            tokenizer, corpus, length or default_length(models["dense" if dense else "model"].config), windows
+        )
+        context = circumstances(data=corpus.name, sha256=corpus.sha256)
+        with progress("windows", len(models) * -(-len(tokens) // 8)) as advance:
+            records += measure_quality(models, tokens, context, advance)
+    if latency:
+        with progress("latency rounds", 16) as advance:
+            records += measure_latency(models, circumstances(), advance, prompt_tokens=prompt, batch_size=batch)
+    header = ["", *names, "ratio"] if dense else ["", *names, ""]
+    print_table(str(model), header, table(records, names))
+    if any(record.context.get("contended") for record in records):
+        say("Other work slowed this machine down while it was timed: repeat the latency when it is quiet.")
+    write_records(records, output)
+
+
+@app.command()
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder of the exported model.")],
+    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out: an ordinary checkpoint.")] = False,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "auto",
+) -> None:
+    """Write a compressed model in another form; --dense gives a checkpoint that anything loads."""
+    if not dense:
+        raise ValueError("export knows one form so far: pass --dense to multiply the factors out.")
+    _check_output(output, overwrite)
+    tokenizer = load_tokenizer(model)
+    export_dense(load_model(model, dtype=_dtype(dtype)), tokenizer, output, overwrite=overwrite)
+    say(f"Dense checkpoint: {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Argument(help="Folder of the compressed model.")] = Path("demo-checkpoint"),
+    keep: Annotated[float, typer.Option(help="Fraction of the sites' parameters to keep.")] = 0.8,
+) -> None:
+    """Run the main job on the bundled model, offline: compress, save, load, measure side by side, generate."""
+    demonstration.run(output, keep)
+
+
+def default_length(config: Any) -> int:
+    """Tokens of a window: 512, or fewer where the model reads fewer."""
+    reads = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
+    return min(512, int(reads))
+
+
+def main() -> None:
+    """Run a verb; a user's mistake ends with one message and exit code 2."""
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", module="transformers|torch")
+    try:
+        app()
+    except ValueError as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("stopped; nothing was written")
+        sys.exit(130)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {name!r}.")
+    return DTYPES[name]
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Say before the work, not after it, that the output cannot be written."""
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not overwrite):
+        raise ValueError(f"{output}: the output exists. Choose another folder, or pass --overwrite.")
+
+
+def _check_space(output: Path, model: Any, plan: Plan, sites: Sites) -> None:
+    """Say before the work that the disk is too small for the checkpoint."""
+    parent = next(path for path in [output.absolute().parent, *output.absolute().parents] if path.exists())
+    planned = sum(option.bytes for option in plan.options)
+    dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
+    rest = sum(p.numel() * p.element_size() for p in model.parameters()) - dense
+    free = shutil.disk_usage(parent).free
+    if planned + rest > free:
+        raise ValueError(f"{output}: the checkpoint needs {planned + rest:,} bytes, but {parent} has {free:,} free.")
+
+
+def _skipped_rows(sites: Sites) -> list[list[str]]:
+    return [[s.name, " x ".join(map(str, s.shape)), s.reason] for s in sites.skipped]
+
+
+def _report_plan(output: Path, plan: Plan, sites: Sites, before: int, after: int, seconds: float) -> None:
+    """Table by kind, notes, and the records of a compression."""
+    kinds: dict[str, list[Any]] = {}
+    option_of = {name: option for option in plan.options for name in option.sites}
+    for site in sites:
+        kinds.setdefault(site.kind, []).append((site, option_of[site.name]))
+    rows = []
+    for kind, pairs in kinds.items():
+        ranks = sorted({option.ranks[0] for _, option in pairs if option.form != DENSE})
+        shown = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks)) or "dense"
+        full = min(pairs[0][0].out_features, pairs[0][0].in_features)
+        dense = sum(option.form == DENSE for _, option in pairs)
+        rows.append([kind, str(len(pairs)), str(full), shown, str(dense)])
+    print_table(f"{plan.method}, {plan.allocation}", ["kind", "sites", "full rank", "rank", "left dense"], rows)
+    for note in sorted({option.note for option in plan.options if option.note}):
+        say(f"left dense: {note}")
+    total = sum(site.parameters for site in sites)
+    say(f"Sites: {total:,} -> {plan.parameters:,} parameters ({plan.parameters / total:.1%} kept)")
+    say(f"Model: {before:,} -> {after:,} parameters ({after / before:.1%} kept)")
+    say(f"Checkpoint: {output}   ({seconds:.1f} s)\nNext: rankfold measure {output} --dense MODEL --text TEXT")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    context = circumstances(method=plan.method, allocation=plan.allocation, keep=plan.keep, rank=plan.rank)
+    values = [
+        ("site_parameters", plan.parameters, "1"),
+        ("parameters", after, "1"),
+        ("dense_parameters", before, "1"),
+        ("compression_time", seconds, "second"),
+        ("peak_memory", peak, "byte"),
+    ]
+    write_records(
+        [Record(subject=str(output), name=n, value=v, unit=u, context=context) for n, v, u in values], output=None
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The planned sites of a model are replaced by factorized modules, all at once or block by block inside the walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.architectures import adopt, restack
+from rankfold.calibration import calibrate_blocks
+from rankfold.factorization import METHODS, Factors, SiteMoments
+from rankfold.modules import FactorizedLinear, LowRankLinear, TuckerLinear, linear_at, use_eager_experts
+from rankfold.plan import DENSE, Option, Plan
+from rankfold.sites import Site
+
+
+def compress(
+    model: Any,
+    plan: Plan,
+    statistics: Mapping[str, SiteMoments] | None = None,
+    on_site: Callable[[], None] = lambda: None,
+) -> Plan:
+    """Replace the planned sites of a model, in place.
+
+    Args:
+        model: A transformers model.
+        plan: What to do.
+        statistics: Moments by site, from `calibrate`, where the plan's method needs data.
+        on_site: Called after each site, for a progress bar.
+
+    Returns:
+        The plan as it was carried out: sites that no calibration token reached stay dense, with a note.
+
+    Raises:
+        ValueError: If the method needs statistics that are missing, or a weight is not finite.
+    """
+    options = _replace(model, plan, plan.options, statistics or {}, on_site)
+    return _finish(model, replace(plan, options=options))
+
+
+def compress_blocks(
+    model: Any,
+    plan: Plan,
+    sites: Sequence[Site],
+    batches: Iterable[Mapping[str, Tensor]],
+    on_batch: Callable[[], None] = lambda: None,
+    on_site: Callable[[], None] = lambda: None,
+) -> Plan:
+    """Measure and replace block after block, in place, so that only one block's moments are alive at a time.
+
+    Every block is measured on the inputs that the dense model gives it.
+
+    Args:
+        model: A transformers model.
+        plan: What to do.
+        sites: The sites of the plan.
+        batches: Calibration batches on the model's device.
+        on_batch: Called after each batch has passed a block.
+        on_site: Called after each site.
+
+    Returns:
+        The plan as it was carried out.
+
+    Raises:
+        ValueError: If a weight or an activation is not finite.
+    """
+    option_of = {name: option for option in plan.options for name in option.sites}
+    planned = [site for site in sites if option_of[site.name].form != DENSE]
+    done: dict[tuple[str, ...], tuple[Option, ...]] = {}
+    for block in calibrate_blocks(model, planned, batches, on_batch):
+        options = tuple(dict.fromkeys(option_of[name] for name in block.moments))
+        for option in options:
+            done[option.sites] = _replace(model, plan, (option,), block.moments, on_site)
+    options = tuple(result for option in plan.options for result in done.get(option.sites, (option,)))
+    return _finish(model, replace(plan, options=options))
+
+
+def factorized_module(factors: Factors) -> FactorizedLinear:
+    """The module that holds these factors."""
+    if factors.core is None:
+        return LowRankLinear.from_factors(factors.up, factors.down, factors.bias)
+    return TuckerLinear.from_factors(factors.up, factors.core, factors.down, factors.bias)
+
+
+def _replace(
+    model: Any,
+    plan: Plan,
+    options: Iterable[Option],
+    statistics: Mapping[str, SiteMoments],
+    on_site: Callable[[], None],
+) -> tuple[Option, ...]:
+    """Carry out some options of a plan."""
+    results: list[Option] = []
+    for option in options:
+        if option.form == DENSE:
+            results.append(option)
+            continue
+        unreached = []
+        for name in option.sites:
+            try:
+                module = _factorize(model, name, plan.method, option, statistics.get(name))
+            except ValueError as error:
+                error.args = (f"{name}: {error}",)
+                raise
+            if module is None:
+                unreached.append(name)
+            else:
+                model.set_submodule(name, module)
+            on_site()
+        results.extend(_split_off(model, option, unreached))
+    return tuple(results)
+
+
+@torch.no_grad()
+def _factorize(
+    model: Any, name: str, method: str, option: Option, moments: SiteMoments | None
+) -> FactorizedLinear | None:
+    """The module for one site, or nothing where no calibration token reached it."""
+    chosen = METHODS[method]
+    if chosen.needs_data and moments is None:
+        raise ValueError(f"The method {method!r} needs statistics of this site: pass the result of calibrate(...).")
+    if chosen.needs_data and moments is not None:
+        measured = moments.inputs or moments.outputs
+        if measured is None or measured.vectors == 0:
+            return None
+    linear = linear_at(model, name)
+    weight, bias = linear.weight.detach(), linear.bias
+    if type(linear).__name__ == "Conv1D":
+        weight = weight.T
+    factors = chosen.factorize(
+        weight, None if bias is None else bias.detach(), moments or SiteMoments(), option.ranks[0]
+    )
+    return factorized_module(factors).to(weight.dtype).requires_grad_(linear.weight.requires_grad)
+
+
+def _split_off(model: Any, option: Option, unreached: list[str]) -> list[Option]:
+    """The option without its unreached sites, and those as a dense option."""
+    if not unreached:
+        return [option]
+    parameters = sum(p.numel() for name in unreached for p in linear_at(model, name).parameters())
+    dense = Option(
+        sites=tuple(unreached),
+        bias=linear_at(model, unreached[0]).bias is not None,
+        parameters=parameters,
+        bytes=parameters * linear_at(model, unreached[0]).weight.element_size(),
+        note="no calibration token reached it: calibrate on more or other text",
+    )
+    rest = tuple(name for name in option.sites if name not in unreached)
+    if not rest:
+        return [dense]
+    share = len(rest) / len(option.sites)
+    kept = replace(option, sites=rest, parameters=int(option.parameters * share), bytes=int(option.bytes * share))
+    return [kept, dense]
+
+
+def _finish(model: Any, plan: Plan) -> Plan:
+    restack(model)
+    use_eager_experts(model)
+    adopt(model, plan)
+    return plan

@@ -1,0 +1,51 @@
+"""Pure tensor mathematics: a matrix and what is known of its inputs become factors with a stated error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rankfold.factorization.factors import Factors, Moments, SiteMoments
+from rankfold.factorization.feature_mimicking import feature_mimicking, whitened_svd
+from rankfold.factorization.svd import randomized_svd, truncated_svd
+from rankfold.factorization.tucker import StackFactors, fold_core, tucker_matrix, tucker_stack
+
+
+class Method(NamedTuple):
+    """A way to factorize one layer."""
+
+    factorize: Callable[[Tensor, Tensor | None, SiteMoments, int], Factors]
+    """Weight (out, in), bias, moments and rank to factors."""
+    form: str
+    """The form of the module that holds the factors."""
+    needs_data: bool = False
+    """Whether the moments are used."""
+    adds_bias: bool = False
+    """Whether a layer without a bias gets one."""
+
+
+METHODS: dict[str, Method] = {
+    "svd": Method(lambda W, b, _, rank: truncated_svd(W, rank)._replace(bias=b), "low_rank"),
+    "tucker": Method(lambda W, b, _, rank: tucker_matrix(W, rank)._replace(bias=b), "tucker"),
+    "lord": Method(feature_mimicking, "low_rank", needs_data=True, adds_bias=True),
+    "whitened": Method(whitened_svd, "low_rank", needs_data=True),
+}
+"""The values of `rankfold compress --method`."""
+
+__all__ = [
+    "METHODS",
+    "Factors",
+    "Method",
+    "Moments",
+    "SiteMoments",
+    "StackFactors",
+    "feature_mimicking",
+    "fold_core",
+    "randomized_svd",
+    "truncated_svd",
+    "tucker_matrix",
+    "tucker_stack",
+    "whitened_svd",
+]

@@ -1,0 +1,89 @@
+"""What a factorization takes and gives: moments of a layer's inputs or outputs, and factors with their error."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """First and second moments of the vectors at one place of a network, in float64."""
+
+    vectors: int
+    """Number of vectors seen."""
+    mean: Float[Tensor, " size"]
+    second: Float[Tensor, "size size"]
+    """`E[x x^T]`, not centred."""
+
+    @property
+    def covariance(self) -> Float[Tensor, "size size"]:
+        """`E[x x^T] - E[x] E[x]^T`."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+class SiteMoments(NamedTuple):
+    """What calibration knows of one site: the moments of its inputs, or of its outputs, whichever is smaller."""
+
+    inputs: Moments | None = None
+    outputs: Moments | None = None
+
+    def output_moments(
+        self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, centred: bool
+    ) -> tuple[Float[Tensor, "out out"], Float[Tensor, " out"]]:
+        """Second moment of `W x`, or its covariance, and the mean of `W x + b` (docs/mathematics.md, eq. 5)."""
+        W = weight.double()
+        b = torch.zeros(len(W), dtype=W.dtype, device=W.device) if bias is None else bias.double()
+        if self.outputs is not None:
+            mean, second = self.outputs.mean.to(W.device), self.outputs.second.to(W.device)
+            if centred:
+                return second - torch.outer(mean, mean), mean
+            return second - torch.outer(mean, b) - torch.outer(b, mean) + torch.outer(b, b), mean
+        assert self.inputs is not None, "a site must have moments of its inputs or of its outputs"
+        S = (self.inputs.covariance if centred else self.inputs.second).to(W.device)
+        return W @ S @ W.T, W @ self.inputs.mean.to(W.device) + b
+
+
+class Factors(NamedTuple):
+    """A matrix as a product `up @ core @ down` (`up @ down` without a core), and what it loses."""
+
+    up: Float[Tensor, "out rank_out"]
+    down: Float[Tensor, "rank_in in"]
+    core: Float[Tensor, "rank_out rank_in"] | None
+    bias: Float[Tensor, " out"] | None
+    """The bias of the factorized layer; `None` where the layer had none and none was added."""
+    error: float
+    """What the factorization minimizes: squared Frobenius error, or with moments `E|y - y'|^2`."""
+
+    def product(self) -> Float[Tensor, "out in"]:
+        """The matrix that the factors stand for."""
+        return self.up @ self.down if self.core is None else self.up @ self.core @ self.down
+
+
+def check_rank(rank: int, limit: int) -> None:
+    """Hold a rank against its limits.
+
+    Raises:
+        ValueError: If `rank` is not between 1 and `limit`.
+    """
+    if not 1 <= rank <= limit:
+        raise ValueError(
+            f"A rank must lie between 1 and min(out, in) = {limit}, but got {rank}. "
+            "Lower the rank, or pass `keep` and let the allocation choose it."
+        )
+
+
+def check_finite(weight: Float[Tensor, "*shape"]) -> None:
+    """Refuse weights with NaN or infinite entries.
+
+    Raises:
+        ValueError: If any entry is not finite.
+    """
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise ValueError(
+            f"Weights must be finite, but {bad} of {weight.numel()} entries are NaN or infinite. "
+            "The checkpoint is damaged or was saved after a diverged training run: take another."
+        )

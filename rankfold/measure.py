@@ -1,0 +1,139 @@
+"""The table of measurements: models side by side on the same text and the same machine, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rankfold.calibration import Corpus, special_tokens, split_windows, token_stream
+from rankfold.cost import disk_bytes, hardware, interleaved_latency, memory_bytes, parameter_count, versions
+from rankfold.quality import classification_accuracy, load_labelled, next_token_quality
+from rankfold.record import Record, value_of
+
+
+def evaluation_windows(tokenizer: Any, corpus: Corpus, length: int, limit: int | None = None) -> Tensor:
+    """Windows without overlap, each begun by the token with which the tokenizer begins a text.
+
+    Raises:
+        ValueError: If the corpus does not fill one window.
+    """
+    begin, end = special_tokens(tokenizer)
+    return split_windows(token_stream(tokenizer, corpus.texts), length, begin, end)[:limit]
+
+
+def circumstances(**details: Any) -> dict[str, Any]:
+    """What a record depends on: the machine, the versions and the given details."""
+    return {"hardware": hardware(), "versions": versions(), **details}
+
+
+def measure_quality(
+    models: Mapping[str, Any],
+    windows: Tensor,
+    context: Mapping[str, Any],
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[Record]:
+    """Perplexity of every model, and the distance of all others from the first, which is the dense one."""
+    reference, *_ = models
+    records = []
+    for name, model in models.items():
+        dense = models[reference] if name != reference else None
+        quality = next_token_quality(model, windows, dense=dense, on_batch=on_batch)
+        rows: list[tuple[str, float, str, float | None]] = [
+            ("loss", quality.loss, "nat/token", quality.loss_error),
+            ("perplexity", quality.perplexity, "1", quality.perplexity_error),
+        ]
+        if quality.kl is not None:
+            rows += [("kl_to_dense", quality.kl, "nat/token", quality.kl_error)]
+        if quality.agreement is not None:
+            rows += [("top1_agreement", quality.agreement, "1", quality.agreement_error)]
+        details = {**context, "tokens": quality.tokens}
+        records += [Record(subject=name, name=n, value=v, unit=u, error=e, context=details) for n, v, u, e in rows]
+    return records
+
+
+def measure_accuracy(
+    models: Mapping[str, Any], tokenizer: Any, path: str | Path, context: Mapping[str, Any]
+) -> list[Record]:
+    """Accuracy of every classifier on the labelled rows of a file."""
+    labelled = load_labelled(path)
+    records = []
+    for name, model in models.items():
+        accuracy = classification_accuracy(model, tokenizer, labelled)
+        details = {**context, "right": accuracy.right, "rows": accuracy.total}
+        records.append(
+            Record(subject=name, name="accuracy", value=accuracy.value, unit="1", error=accuracy.error, context=details)
+        )
+    return records
+
+
+def measure_size(
+    models: Mapping[str, Any], folders: Mapping[str, str | Path], context: Mapping[str, Any]
+) -> list[Record]:
+    """Parameters, bytes in memory, and bytes on disk where the model lies in a local folder."""
+    records = []
+    for name, model in models.items():
+        rows: list[tuple[str, float | None, str]] = [
+            ("parameters", parameter_count(model), "1"),
+            ("memory", memory_bytes(model), "byte"),
+            ("disk", disk_bytes(folders[name]) if name in folders else None, "byte"),
+        ]
+        records += [Record(subject=name, name=n, value=v, unit=u, context=dict(context)) for n, v, u in rows]
+    return records
+
+
+def measure_latency(
+    models: Mapping[str, Any],
+    context: Mapping[str, Any],
+    on_round: Callable[[], None] = lambda: None,
+    **settings: int,
+) -> list[Record]:
+    """Seconds of a prefill and of a decoded token, models interleaved; says whether the machine was contended."""
+    records = []
+    for name, latency in interleaved_latency(models, on_round=on_round, **settings).items():
+        details = {**context, **settings, "contended": latency.contended, "rounds": len(latency.prefill)}
+        rows = [("prefill", latency.prefill_seconds), ("decode", latency.decode_seconds)]
+        records += [
+            Record(subject=name, name=n, value=v, unit="second", context=details) for n, v in rows if v is not None
+        ]
+    return records
+
+
+ROWS: dict[str, tuple[str, Callable[[float], str], bool]] = {
+    "perplexity": ("perplexity", lambda v: f"{v:.4g}", True),
+    "loss": ("loss, nat/token", lambda v: f"{v:.4f}", False),
+    "accuracy": ("accuracy", lambda v: f"{v:.2%}", False),
+    "kl_to_dense": ("KL to dense, nat/token", lambda v: f"{v:.4f}", False),
+    "top1_agreement": ("same first choice", lambda v: f"{v:.1%}", False),
+    "parameters": ("parameters", lambda v: f"{v:,.0f}", True),
+    "memory": ("bytes in memory", lambda v: f"{v:,.0f}", True),
+    "disk": ("bytes on disk", lambda v: f"{v:,.0f}", True),
+    "prefill": ("prefill, ms", lambda v: f"{v * 1e3:.3g}", True),
+    "decode": ("decode, ms/token", lambda v: f"{v * 1e3:.3g}", True),
+}
+"""Rows of the table: title, how a value is written, and whether its ratio to the dense model says something."""
+
+
+def table(records: Sequence[Record], subjects: Iterable[str]) -> list[list[str]]:
+    """Rows of text: what, each subject's value with its standard error, and the last one's ratio to the first."""
+    names = list(subjects)
+    rows = []
+    for name, (title, write, comparable) in ROWS.items():
+        values = [value_of(records, subject, name) for subject in names]
+        if all(value is None for value in values):
+            continue
+        cells = [_cell(records, subject, name, write) for subject in names]
+        first, last = values[0], values[-1]
+        ratio = f"{last / first:.3f}" if comparable and first and last and len(names) > 1 else ""
+        rows.append([title, *cells, ratio])
+    return rows
+
+
+def _cell(records: Sequence[Record], subject: str, name: str, write: Callable[[float], str]) -> str:
+    for record in records:
+        if (record.subject, record.name) == (subject, name) and record.value is not None:
+            error = f" ± {write(record.error)}" if record.error is not None else ""
+            return write(record.value) + error
+    return "-"

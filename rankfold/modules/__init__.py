@@ -1,0 +1,23 @@
+"""Modules that stand where a Linear, a Conv1D or a stack of experts stood."""
+
+from rankfold.modules.factorized_linear import FactorizedLinear
+from rankfold.modules.install import FORMS, Factorized, install, linear_at, linear_shape, resolve, use_eager_experts
+from rankfold.modules.linear_stack import LinearStack
+from rankfold.modules.low_rank_linear import LowRankLinear
+from rankfold.modules.module_weight import ModuleWeight
+from rankfold.modules.tucker_linear import TuckerLinear
+
+__all__ = [
+    "FORMS",
+    "Factorized",
+    "FactorizedLinear",
+    "LinearStack",
+    "LowRankLinear",
+    "ModuleWeight",
+    "TuckerLinear",
+    "install",
+    "linear_at",
+    "linear_shape",
+    "resolve",
+    "use_eager_experts",
+]

@@ -1,0 +1,107 @@
+"""A stock model gets factorized modules where its plan says so: the same code when compressing and when loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from rankfold.modules.factorized_linear import FactorizedLinear
+from rankfold.modules.linear_stack import LinearStack
+from rankfold.modules.low_rank_linear import LowRankLinear
+from rankfold.modules.tucker_linear import TuckerLinear
+
+READS_PLAN_VERSION = 1
+"""Newest version of a stored plan that this code understands."""
+
+FORMS: dict[str, type[FactorizedLinear]] = {"low_rank": LowRankLinear, "tucker": TuckerLinear}
+
+
+class Factorized:
+    """Put before a transformers model class: the model is built as usual, then the planned modules replaced."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """Build the stock model, then install the empty factorized modules of `config.rankfold`."""
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        install(self, getattr(config, "rankfold", None) or {"options": []})  # type: ignore[arg-type]
+
+
+def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
+    """Replace every planned site by an empty module of its form.
+
+    Sites of a head that this model class does not have are passed over; any other missing site is an error.
+
+    Raises:
+        ValueError: If the model lacks a planned site, or the plan is of a newer version.
+    """
+    if plan.get("plan_version", READS_PLAN_VERSION) > READS_PLAN_VERSION:
+        raise ValueError(
+            f"This code reads plans up to version {READS_PLAN_VERSION}, but the checkpoint's is of version "
+            f"{plan['plan_version']}. Install a newer rankfold: pip install --upgrade rankfold"
+        )
+    prefix = getattr(model, "base_model_prefix", "")
+    for option in plan["options"]:
+        if option.get("form", "dense") == "dense":
+            continue
+        for site in option["sites"]:
+            path = resolve(model, site)
+            if path is None and not site.startswith(f"{prefix}."):
+                continue
+            if path is None:
+                raise ValueError(f"{site}: the plan names this module, but {type(model).__name__} has no such module.")
+            dense = linear_at(model, path)
+            out_features, in_features = linear_shape(dense)
+            like = dense.weight
+            form = FORMS[option["form"]]
+            empty = form(in_features, out_features, option["ranks"], option.get("bias", False), like.device, like.dtype)
+            model.set_submodule(path, empty)
+    use_eager_experts(model)
+
+
+def resolve(model: nn.Module, site: str) -> str | None:
+    """The site's path in this model, which may be the bare base model or the one with a head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    for path in (site, site.removeprefix(f"{prefix}."), f"{prefix}.{site}"):
+        if _exists(model, path):
+            return path
+    return None
+
+
+def _exists(model: nn.Module, path: str) -> bool:
+    owner: Any = model
+    for name in path.split("."):
+        if isinstance(owner, nn.Parameter):
+            return name.isdigit() and int(name) < len(owner)
+        if isinstance(owner, LinearStack) and name.isdigit():
+            owner = owner._modules.get(name)
+        else:
+            owner = getattr(owner, name, None)
+        if owner is None:
+            return False
+    return True
+
+
+def linear_at(model: nn.Module, path: str) -> Any:
+    """The linear module at a path; a slice of a 3-D parameter becomes a module of its own first."""
+    parent_path, _, name = path.rpartition(".")
+    owner_path, _, stack_name = parent_path.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    stacked = getattr(owner, stack_name, None)
+    if name.isdigit() and isinstance(stacked, nn.Parameter):
+        delattr(owner, stack_name)
+        setattr(owner, stack_name, LinearStack.from_parameter(stacked))
+    return model.get_submodule(path)
+
+
+def linear_shape(linear: Any) -> tuple[int, int]:
+    """(out, in) of an `nn.Linear`, of GPT-2's transposed `Conv1D`, or of a factorized layer."""
+    if type(linear).__name__ == "Conv1D":
+        return linear.weight.shape[1], linear.weight.shape[0]
+    return linear.out_features, linear.in_features
+
+
+def use_eager_experts(model: nn.Module) -> None:
+    """Stacks of layers need the experts' own loop: grouped kernels want one tensor."""
+    if any(isinstance(module, LinearStack) for module in model.modules()):
+        model.config._experts_implementation = "eager"  # type: ignore[union-attr]

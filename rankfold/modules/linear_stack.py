@@ -1,0 +1,36 @@
+"""A stack of matrices that mixture-of-experts models keep in one 3-D parameter, as separate linear layers."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import Tensor, nn
+
+from rankfold.modules.module_weight import ModuleWeight
+
+
+class LinearStack(nn.ModuleList):
+    """Linear layers that stand where a parameter of shape (experts, out, in) stood.
+
+    Model code writes `F.linear(x, stack[i])`; indexing gives a weight that runs the i-th layer, dense or
+    factorized, of any rank. The stock grouped kernels need one tensor, so the model must use its eager experts.
+    """
+
+    @classmethod
+    def from_parameter(cls, stacked: nn.Parameter) -> LinearStack:
+        """One `nn.Linear` per slice; the slices stay views of the stacked parameter."""
+        return cls([_linear(nn.Parameter(matrix, stacked.requires_grad)) for matrix in stacked.detach()])
+
+    def __getitem__(self, index: int | Tensor) -> Tensor:  # type: ignore[override]
+        """The weight of one layer."""
+        layer = self._modules[str(operator.index(index) % len(self))]
+        assert layer is not None
+        like = next(layer.parameters())
+        return ModuleWeight(like, (layer.out_features, layer.in_features), layer, lambda: layer.weight)  # type: ignore[arg-type, return-value]
+
+
+def _linear(weight: nn.Parameter) -> nn.Linear:
+    """An `nn.Linear` without bias around an existing parameter."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
+    linear.weight = weight
+    return linear

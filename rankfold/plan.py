@@ -1,0 +1,141 @@
+"""What becomes of each weight: the form, the rank and the cost that were chosen, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PLAN_VERSION = 1
+"""Version of the stored plan; a reader refuses a newer one instead of guessing."""
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One choice for a tuple of sites; a plan holds the chosen ones, an allocation compares many."""
+
+    sites: tuple[str, ...]
+    """Module paths of the weights; several for a joint form or the slices of a stack of experts."""
+    form: str = DENSE
+    """`dense`, or the form that takes the weights' place: a key of `rankfold.modules.FORMS`."""
+    ranks: tuple[int, ...] = ()
+    """One rank, or one per mode of the form (`tucker`: output mode, input mode); empty when dense."""
+    bias: bool = False
+    """Whether the module has a bias afterwards."""
+    bits: int | None = None
+    """Bits per stored number; `None` keeps the model's own dtype."""
+    parameters: int = 0
+    """Numbers stored for these sites, biases and cores included."""
+    bytes: int = 0
+    """Bytes stored for these sites."""
+    loss: float | None = None
+    """Predicted rise of the loss in nats per token, where it was predicted."""
+    seconds: float | None = None
+    """Predicted seconds per call, where they were predicted."""
+    note: str = ""
+    """Why, where that is not obvious: for example why a site stays dense."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, ready for JSON."""
+        defaults = Option(sites=())
+        return {name: value for name, value in asdict(self).items() if value != getattr(defaults, name)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Option:
+        """The inverse of `to_dict`."""
+        known = {**data, "sites": tuple(data["sites"]), "ranks": tuple(data.get("ranks", ()))}
+        return cls(**known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The chosen option of every site, and how it came about: enough to repeat it.
+
+    >>> option = Option(sites=("layers.0.up",), form="low_rank", ranks=(8,), parameters=1024)
+    >>> Plan.from_json(Plan(options=(option,), method="svd").to_json()).options[0].ranks
+    (8,)
+    """
+
+    options: tuple[Option, ...]
+    method: str
+    """The factorization: a key of `rankfold.factorization.METHODS`."""
+    allocation: str = "uniform"
+    """How ranks were chosen: a key of `rankfold.allocation.ALLOCATIONS`."""
+    keep: float | None = None
+    """Fraction of the chosen sites' parameters that was asked to be kept."""
+    rank: int | None = None
+    """The explicit rank that was asked for."""
+    seed: int = 0
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    """Corpus, its SHA-256, sequences, tokens: what the statistics were measured on; empty without data."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of rankfold and of the libraries that made it."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored for all planned sites."""
+        return sum(option.parameters for option in self.options)
+
+    @property
+    def factorized(self) -> tuple[Option, ...]:
+        """The options that change something."""
+        return tuple(option for option in self.options if option.form != DENSE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the version first."""
+        data = {name: getattr(self, name) for name in ("method", "allocation", "keep", "rank", "seed")}
+        return {
+            "plan_version": PLAN_VERSION,
+            **data,
+            "calibration": dict(self.calibration),
+            "versions": dict(self.versions),
+            "options": [option.to_dict() for option in self.options],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: If the plan was written by a newer rankfold, or is no plan.
+        """
+        version = data.get("plan_version")
+        if not isinstance(version, int):
+            raise ValueError(f"A plan must hold an integer `plan_version`, but this one holds {version!r}.")
+        if version > PLAN_VERSION:
+            raise ValueError(
+                f"This rankfold reads plans up to version {PLAN_VERSION}, but got one of version {version}. "
+                "Install a newer rankfold: pip install --upgrade rankfold"
+            )
+        fields = {name: data[name] for name in cls.__dataclass_fields__ if name in data and name != "options"}
+        return cls(options=tuple(Option.from_dict(option) for option in data["options"]), **fields)
+
+    def to_json(self) -> str:
+        """The plan as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+
+def stored_parameters(form: str, out_features: int, in_features: int, ranks: tuple[int, ...], bias: bool) -> int:
+    """Numbers that one matrix needs in a form (docs/mathematics.md, eq. 1).
+
+    >>> stored_parameters("low_rank", 100, 50, (10,), bias=True)
+    1600
+    """
+    if form == DENSE:
+        weights = out_features * in_features
+    elif form == "low_rank":
+        weights = ranks[0] * (out_features + in_features)
+    elif form == "tucker":
+        rank_out, rank_in = ranks
+        weights = out_features * rank_out + rank_out * rank_in + rank_in * in_features
+    else:
+        raise ValueError(f"A form must be `dense`, `low_rank` or `tucker`, but got {form!r}.")
+    return weights + out_features * bias

@@ -1,0 +1,83 @@
+"""Accuracy of a sequence classifier on labelled texts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Labelled(NamedTuple):
+    """Texts and the index of the right class of each."""
+
+    texts: list[str]
+    labels: list[int]
+
+
+class Accuracy(NamedTuple):
+    """Right answers among all."""
+
+    right: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """Share of right answers."""
+        return self.right / self.total
+
+    @property
+    def error(self) -> float:
+        """Binomial standard error."""
+        return math.sqrt(self.value * (1 - self.value) / self.total)
+
+
+def load_labelled(path: str | Path) -> Labelled:
+    """Rows of a JSONL file, plain or `.gz`, with `sentence` or `text` and an integer `label`.
+
+    Raises:
+        ValueError: If the file is missing, empty, or a row lacks a text or a label.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file}: labelled texts must be a JSONL file, but there is no such file.")
+    opener: Any = gzip.open if file.suffix == ".gz" else open
+    with opener(file, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
+    texts = [row.get("sentence", row.get("text")) for row in rows]
+    labels = [row.get("label") for row in rows]
+    if not rows or not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int) for n in labels):
+        raise ValueError(f"{file}: each row must hold `sentence` or `text` and an integer `label`.")
+    return Labelled(texts, labels)
+
+
+@torch.no_grad()
+def classification_accuracy(
+    model: Any,
+    tokenizer: Any,
+    labelled: Labelled,
+    *,
+    batch_size: int = 32,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Accuracy:
+    """Right answers of a sequence classifier.
+
+    Raises:
+        ValueError: If a logit is NaN or infinite.
+    """
+    device = next(model.parameters()).device
+    right = 0
+    for start in range(0, len(labelled.texts), batch_size):
+        texts: Sequence[str] = labelled.texts[start : start + batch_size]
+        encoded = tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(device)
+        logits = model(**encoded).logits
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(f"Logits must be finite, but the rows from {start} on give NaN or infinity.")
+        labels = torch.tensor(labelled.labels[start : start + batch_size], device=device)
+        right += int((logits.argmax(-1) == labels).sum())
+        on_batch()
+    return Accuracy(right, len(labelled.texts))

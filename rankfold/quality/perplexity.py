@@ -1,0 +1,104 @@
+"""Perplexity with its standard error, and how far a compressed model is from the dense one, in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Next-token quality over some windows; each error is the standard error of a mean over windows."""
+
+    tokens: int
+    """Tokens that were scored."""
+    loss: float
+    """Mean negative log-likelihood in nats per token."""
+    loss_error: float
+    kl: float | None = None
+    """Mean divergence from the dense model's distribution, in nats per token."""
+    kl_error: float | None = None
+    agreement: float | None = None
+    """Share of tokens at which the most likely next token is the dense model's."""
+    agreement_error: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def perplexity_error(self) -> float:
+        """Standard error of the perplexity, to first order."""
+        return self.perplexity * self.loss_error
+
+
+@torch.no_grad()
+def next_token_quality(
+    model: Any,
+    windows: Int[Tensor, "windows length"],
+    *,
+    dense: Any = None,
+    batch_size: int = 8,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Quality:
+    """Quality of a causal language model on windows of tokens, the first token of each unscored.
+
+    Args:
+        model: The model to measure.
+        windows: Token ids, each window on its own.
+        dense: The model to compare with, if any; it reads the same batches.
+        batch_size: Windows a forward call.
+        on_batch: Called after each batch, for a progress bar.
+
+    Returns:
+        Token-weighted means over all windows.
+
+    Raises:
+        ValueError: If a logit is NaN or infinite; no batch is ever dropped.
+    """
+    columns: list[Tensor] = []
+    device = next(model.parameters()).device
+    for number, batch in enumerate(torch.split(windows, batch_size)):
+        ids = batch.to(device)
+        logits = _logits(model, ids, number)
+        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        rows = [loss.double().mean(1)]
+        if dense is not None:
+            reference = _logits(dense, ids, number)
+            rows += _distance(logits, reference)
+        columns.append(torch.stack(rows).cpu())
+        on_batch()
+    table = torch.cat(columns, dim=1)
+    means = table.mean(1).tolist()
+    spread = table.std(1) if table.shape[1] > 1 else torch.full((len(table),), math.nan)
+    errors = (spread / math.sqrt(table.shape[1])).tolist()
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    pairs = [value for pair in zip(means, errors, strict=True) for value in pair]
+    return Quality(tokens, *pairs)
+
+
+def _logits(model: Any, ids: Int[Tensor, "batch length"], number: int) -> Float[Tensor, "batch scored vocabulary"]:
+    """Logits for every token but the first of each window, in float32."""
+    logits: Tensor = model(input_ids=ids).logits[:, :-1].float()
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            f"Logits must be finite, but batch {number} of the evaluation gives NaN or infinity. Load a float16 model "
+            "with --dtype bfloat16 or float32; if it stays, the model is broken and has no perplexity."
+        )
+    return logits
+
+
+def _distance(logits: Tensor, reference: Tensor) -> list[Tensor]:
+    """Divergence from the reference and agreement with its first choice, by window."""
+    expected = reference.log_softmax(-1)
+    kl = (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1).double().mean(1)
+    agreement = (logits.argmax(-1) == reference.argmax(-1)).double().mean(1)
+    return [kl, agreement]

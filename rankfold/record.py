@@ -1,0 +1,44 @@
+"""One observation with its unit, its error and the circumstances under which it was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A number that can stand alone: what, of which model, in which unit, how sure, and under which circumstances.
+
+    >>> Record(subject="dense", name="perplexity", value=6.07, unit="1").to_json()
+    '{"subject": "dense", "name": "perplexity", "value": 6.07, "unit": "1", "error": null, "context": {}}'
+    """
+
+    subject: str
+    """The model that was observed, for example `dense` or the path of a checkpoint."""
+    name: str
+    """What was observed, for example `perplexity`."""
+    value: float | None
+    """The observation in `unit`; `None` where it could not be made, the reason then being in `context`."""
+    unit: str
+    """Base unit: `1`, `nat/token`, `second`, `byte`."""
+    error: float | None = None
+    """Standard error in `unit`, where it is known."""
+    context: Mapping[str, Any] = field(default_factory=dict)
+    """Hardware, versions, data, seed and whatever else the number depends on."""
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """The inverse of `to_json`."""
+        return cls(**json.loads(line))
+
+
+def value_of(records: Iterable[Record], subject: str, name: str) -> float | None:
+    """The value of the first record with this subject and name, or `None`."""
+    return next((record.value for record in records if (record.subject, record.name) == (subject, name)), None)

@@ -1,0 +1,141 @@
+"""Folders of safetensors shards: checked before they are read, and renamed into place when they are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder: those its index names, or the single one.
+
+    Raises:
+        ValueError: If the folder holds no safetensors weights, or lacks a shard that its index names.
+    """
+    if (folder / INDEX).exists():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise ValueError(
+                f"{folder}: the index names shards that are not there: {missing}. Copy or download them again."
+            )
+        return [folder / name for name in names]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    raise ValueError(
+        f"{folder}: a model folder must hold {SINGLE} or {INDEX}, but holds {_names(folder)}. "
+        "Rankfold reads safetensors only; convert a pickled checkpoint with transformers' save_pretrained."
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())[:8]
+
+
+def check_shard(path: Path) -> None:
+    """Compare a shard's length with what its header promises, which reads only the header.
+
+    Raises:
+        ValueError: If the file is truncated, too long or no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_bytes > size - 8:
+            raise ValueError(f"{path}: no whole safetensors header in {size} bytes. Copy or download the file again.")
+        try:
+            header = json.loads(file.read(header_bytes))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: the safetensors header cannot be read. Copy or download the file again."
+            ) from error
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    expected = 8 + header_bytes + max(ends, default=0)
+    if size != expected:
+        raise ValueError(f"{path}: must hold {expected} bytes but holds {size}: truncated or damaged. Copy it again.")
+
+
+def check_folder(folder: Path) -> None:
+    """Check every shard of a model folder.
+
+    Raises:
+        ValueError: If weights are missing, truncated or not safetensors.
+    """
+    for shard in shard_files(folder):
+        check_shard(shard)
+
+
+@contextmanager
+def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name only when the block ends without an error.
+
+    Whatever goes wrong, nothing half-written stands at `target`; left-overs of killed runs are removed.
+
+    Raises:
+        ValueError: If `target` exists and `overwrite` is not set, or is a file.
+    """
+    if target.is_file():
+        raise ValueError(f"{target}: the output must be a folder, but a file of this name exists. Choose another name.")
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"{target}: the output folder exists and is not empty. Choose another, or pass --overwrite.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
+    try:
+        yield partial
+        _sync(partial)
+        partial.chmod(0o777 & ~_umask())
+        if target.exists():
+            retired = partial.with_name(f"{partial.name}.old")
+            target.rename(retired)
+            partial.rename(target)
+            shutil.rmtree(retired)
+        else:
+            partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove partial folders of processes that no longer run; one killed between two renames left the old folder."""
+    for leftover in target.parent.glob(f".{target.name}.partial-*"):
+        pid = leftover.name.removeprefix(f".{target.name}.partial-").split("-")[0]
+        if not pid.isdigit() or _is_running(int(pid)):
+            continue
+        if leftover.suffix == ".old" and not target.exists():
+            leftover.rename(target)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file, so that a full disk is noticed before the rename and not after it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,372 @@
+"""Which weights of a model may be factorized, which of them share an input, what is fused, what is left out and why."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.modules import FactorizedLinear, LinearStack, linear_shape
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the projections that are fused into one matrix: the same rows of every group of rows."""
+
+    name: str
+    offset: int
+    """First row within a group."""
+    size: int
+    """Rows within a group."""
+    period: int
+    """Rows of a group; all rows when the parts simply follow each other."""
+
+    def rows(self, out_features: int) -> list[int]:
+        """Row indices of the part in the fused matrix."""
+        starts = range(self.offset, out_features, self.period)
+        return [row for start in starts for row in range(start, start + self.size)]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One factorizable weight."""
+
+    name: str
+    """Module path, or path of a 3-D parameter and the index of a slice."""
+    out_features: int
+    in_features: int
+    bias: bool
+    bytes_per_parameter: int
+    block: str | None
+    """Path of the block that holds it; `None` outside the blocks (heads, poolers, input projections)."""
+    kind: str
+    """Path within the block, indices as `*`: the tensor kind that all blocks have in common."""
+    reads: str
+    """Name of the first site that reads the same input; its own name where nobody shares."""
+    parts: tuple[Part, ...] = ()
+    """What is fused into the matrix, where that is known."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the dense layer, its bias included."""
+        return self.out_features * self.in_features + self.out_features * self.bias
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A matrix of the model that is not a site."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sites(Sequence[Site]):
+    """The sites of a model in the order in which it holds them, and what was left out."""
+
+    all: tuple[Site, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    def __len__(self) -> int:
+        """Number of sites."""
+        return len(self.all)
+
+    def __iter__(self) -> Iterator[Site]:
+        """Site after site."""
+        return iter(self.all)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A site by position or by name."""
+        if isinstance(index, str):
+            return next(site for site in self.all if site.name == index)
+        return self.all[index]
+
+    def select(self, patterns: Sequence[str] = ()) -> Sites:
+        """The sites that match any pattern; without patterns those inside the blocks.
+
+        A pattern is a shell pattern for the whole name, the end of a name (`mlp.c_proj`), or a kind.
+
+        Raises:
+            ValueError: If a pattern matches nothing.
+        """
+        if not patterns:
+            outside = [Skipped(s.name, (s.out_features, s.in_features), _OUTSIDE) for s in self.all if not s.block]
+            return Sites(tuple(s for s in self.all if s.block), (*self.skipped, *outside))
+        for pattern in patterns:
+            if not any(_matches(site, pattern) for site in self.all):
+                kinds = sorted({site.kind for site in self.all})
+                raise ValueError(f"No site matches the pattern {pattern!r}. Kinds of sites in this model: {kinds}.")
+        chosen = [site for site in self.all if any(_matches(site, pattern) for pattern in patterns)]
+        names = {site.name for site in chosen}
+        rest = [
+            Skipped(s.name, (s.out_features, s.in_features), "not asked for") for s in self.all if s.name not in names
+        ]
+        return Sites(tuple(chosen), (*self.skipped, *rest))
+
+
+_ROUTER = "a router: its few outputs choose the experts"
+_OUTSIDE = "outside the blocks: name it with a pattern to include it"
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(site.name, pattern) or site.kind == pattern or site.name.endswith(f".{pattern}")
+
+
+def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
+    """Every weight of a model that may be factorized, found by running a few tokens through it.
+
+    The run shows which layers are called at all and which read the same tensor, so that no architecture needs
+    code of its own; a model on the meta device is run there, without weights.
+
+    Args:
+        model: A transformers model, with or without weights.
+        inputs: Keyword arguments of one forward call, for models that read something else than token ids.
+
+    Returns:
+        Sites in the order of the model's modules; the matrices that are none, each with the reason.
+    """
+    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    blocks = _blocks(model, linears)
+    calls = _trace(model, linears, inputs)
+    called_kinds = {_star(name) for name, ids in calls.items() if ids}
+    tied = _tied(model)
+    sites, skipped = [], []
+    readers: dict[int, str] = {}
+    for name, module in linears.items():
+        shape = linear_shape(module)
+        reason = _reason_against(model, name, module, shape, tied, called_kinds)
+        if reason:
+            skipped.append(Skipped(f"{name}.weight", shape, reason))
+            continue
+        reads = name
+        if len(calls[name]) == 1:
+            reads = readers.setdefault(calls[name][0], name)
+        bias = getattr(module, "bias", None) is not None
+        sites.append(_site(model, name, shape, bias, module.weight.element_size(), blocks, reads))
+    for name, parameter, reason in _other_matrices(model, set(linears)):
+        if reason:
+            skipped.append(Skipped(name, tuple(parameter.shape), reason))
+            continue
+        shape = (parameter.shape[1], parameter.shape[2])
+        for index in range(len(parameter)):
+            slice_name = f"{name}.{index}"
+            sites.append(_site(model, slice_name, shape, False, parameter.element_size(), blocks, slice_name))
+    order = {name: position for position, name in enumerate(_parameter_order(model))}
+    sites.sort(key=lambda site: order.get(re.sub(r"\.\d+$", "", site.name), order.get(site.name, 0)))
+    return Sites(tuple(sites), tuple(skipped))
+
+
+def _parameter_order(model: nn.Module) -> list[str]:
+    names = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
+    return list(dict.fromkeys(names))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if type(module).__name__ == "Conv1D":
+        return hasattr(module, "nf")
+    return isinstance(module, nn.Linear)
+
+
+def _site(
+    model: Any,
+    name: str,
+    shape: tuple[int, int],
+    bias: bool,
+    bytes_per_parameter: int,
+    blocks: list[str],
+    reads: str,
+) -> Site:
+    block = next((path for path in blocks if name.startswith(f"{path}.")), None)
+    kind = _star(name.removeprefix(f"{block}.") if block else name)
+    parts = _fused_parts(model.config, name, shape[0])
+    return Site(name, shape[0], shape[1], bias, bytes_per_parameter, block, kind, reads, parts)
+
+
+def _star(name: str) -> str:
+    """The name with every index replaced by a star.
+
+    >>> _star("layers.3.experts.12.w1")
+    'layers.*.experts.*.w1'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _blocks(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the blocks: the members of the outermost module lists that hold linear layers."""
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not isinstance(module, LinearStack)
+    ]
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
+    holding = [name for name in outermost if any(linear.startswith(f"{name}.") for linear in linears)]
+    return [f"{name}.{index}" for name in holding for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Paths of the model's blocks, in the order in which it holds them."""
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if _is_linear(module) or isinstance(module, (FactorizedLinear, LinearStack))
+    }
+    return _blocks(model, linears)
+
+
+def _trace(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str, Tensor] | None) -> dict[str, list[int]]:
+    """For every linear layer the identities of the tensors it was called with, in one forward pass."""
+    device = next(model.parameters()).device
+    inputs = {name: value.to(device) for name, value in (inputs or _default_inputs(model, device)).items()}
+    seen: dict[str, list[int]] = {name: [] for name in linears}
+    alive: list[Tensor] = []
+
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            # Holding the tensor keeps its identity from being given to another one.
+            alive.append(args[0])
+            seen[name].append(id(args[0]))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears.items()]
+    training, implementation = model.training, getattr(model.config, "_experts_implementation", None)
+    model.eval()
+    if device.type == "meta" and implementation:
+        # Only this implementation has no control flow that depends on data.
+        model.config._experts_implementation = "batched_mm"
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+        if implementation:
+            model.config._experts_implementation = implementation
+    return seen
+
+
+def _default_inputs(model: Any, device: torch.device) -> dict[str, Tensor]:
+    """A few token ids; embeddings where there are no weights, since masks and padding are checked by value."""
+    if device.type != "meta":
+        ids: dict[str, Tensor] = model.dummy_inputs
+        return {**ids, "attention_mask": torch.ones_like(ids["input_ids"])}
+    table = model.get_input_embeddings()
+    embeddings = torch.empty(1, 4, table.embedding_dim, dtype=table.weight.dtype, device=device)
+    decoder = {"decoder_inputs_embeds": embeddings} if model.config.is_encoder_decoder else {}
+    return {"inputs_embeds": embeddings, **decoder}
+
+
+def _tied(model: nn.Module) -> dict[int, list[str]]:
+    """Names of every parameter that has more than one, by identity."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {key: value for key, value in names.items() if len(value) > 1}
+
+
+def _reason_against(
+    model: Any,
+    name: str,
+    module: Any,
+    shape: tuple[int, int],
+    tied: Mapping[int, list[str]],
+    called_kinds: set[str],
+) -> str:
+    """Why a linear layer is no site, or nothing."""
+    weight = module.weight
+    experts = {getattr(model.config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")}
+    others = [other for other in tied.get(id(weight), ()) if other != f"{name}.weight"]
+    reasons = {
+        f"stored as {weight.dtype}: already quantized": not weight.is_floating_point() or weight.ndim != 2,
+        "a factor of a factorized layer": any(isinstance(owner, FactorizedLinear) for owner in _owners(model, name)),
+        f"tied to {', '.join(others)}": bool(others),
+        _ROUTER: name.rpartition(".")[2] in {"gate", "router"} and shape[0] in experts,
+        "never called as a layer: the model reads its weight directly": _star(name) not in called_kinds,
+        "a vector": min(shape) < 2,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def _owners(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    path = name.rpartition(".")[0]
+    while path:
+        yield model.get_submodule(path)
+        path = path.rpartition(".")[0]
+
+
+def _other_matrices(model: Any, linears: set[str]) -> Iterator[tuple[str, nn.Parameter, str]]:
+    """Parameters of two and more dimensions that belong to no linear layer; no reason marks a stack of experts."""
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2 or path in linears:
+                continue
+            full_name = f"{path}.{name}" if path else name
+            yield full_name, parameter, _reason_against_matrix(module, parameter)
+
+
+def _reason_against_matrix(module: nn.Module, parameter: nn.Parameter) -> str:
+    if isinstance(module, nn.Embedding):
+        return "an embedding: its rows are looked up"
+    if type(module).__name__.startswith("Conv"):
+        return "a convolution"
+    if parameter.ndim == 3 and hasattr(module, "is_transposed"):
+        if module.is_transposed or module.has_bias:
+            return "experts stored transposed or with biases, which the eager loop does not read through F.linear"
+        return ""
+    if "Router" in type(module).__name__:
+        return _ROUTER
+    return f"a parameter of {type(module).__name__}, not the weight of a linear layer"
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """Attention heads, key-value heads and head size, by whichever names the architecture has for them."""
+    heads = config.num_attention_heads
+    key_value = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
+    return heads, key_value, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def _sequence(out_features: int, groups: int, *parts: tuple[str, int]) -> tuple[Part, ...]:
+    """Parts of the given sizes that follow each other in each of `groups` equal groups of rows."""
+    period, offset, result = out_features // groups, 0, []
+    for name, size in parts:
+        result.append(Part(name, offset, size, period))
+        offset += size
+    assert offset == period, f"the parts {parts} do not fill groups of {period} rows"
+    return tuple(result)
+
+
+def _fused_parts(config: Any, name: str, out_features: int) -> tuple[Part, ...]:
+    """What is fused into a matrix: no tensor tells, so this is the one table of architectures."""
+    architecture = str(getattr(config, "model_type", "")).removeprefix("rankfold-")
+    leaf = next(part for part in reversed(name.split(".")) if not part.isdigit())
+    if leaf == "gate_up_proj":
+        return _sequence(out_features, 1, ("gate", out_features // 2), ("up", out_features // 2))
+    if (architecture, leaf) not in _FUSED_ATTENTION:
+        return ()
+    heads, kv, size = _heads(config)
+    multi_query = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
+    if architecture == "codegen":
+        quarter = heads * size // 4
+        return _sequence(out_features, 4, ("q", quarter), ("v", quarter), ("k", quarter))
+    if multi_query or architecture in {"gpt2", "phi3"}:
+        kv = 1 if multi_query else kv
+        return _sequence(out_features, 1, ("q", heads * size), ("k", kv * size), ("v", kv * size))
+    return _sequence(out_features, kv, ("q", heads // kv * size), ("k", size), ("v", size))
+
+
+_FUSED_ATTENTION = {
+    ("gpt2", "c_attn"),
+    ("gpt_bigcode", "c_attn"),
+    ("codegen", "qkv_proj"),
+    ("phi3", "qkv_proj"),
+    ("gpt_neox", "query_key_value"),
+    ("bloom", "query_key_value"),
+    ("falcon", "query_key_value"),
+}

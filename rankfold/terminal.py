@@ -1,0 +1,57 @@
+"""What a person sees while and after a verb runs: progress and tables on stderr, errors without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rankfold.record import Record
+
+console = Console(stderr=True)
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar; the block calls what it is given once for each of `total` steps."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda: bar.advance(task)
+        bar.update(task, completed=total)
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on stderr, its numbers to the right."""
+    drawn = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        drawn.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+
+
+def say(text: str) -> None:
+    """One line for a person, on stderr."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def write_records(records: Iterable[Record], output: Path | None) -> None:
+    """Records as JSON lines, to a file or to stdout."""
+    lines = "".join(record.to_json() + "\n" for record in records)
+    if output is None:
+        sys.stdout.write(lines)
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(lines)
