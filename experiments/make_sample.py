@@ -55,7 +55,8 @@ def python_rows(held_out: bool, characters: int) -> list[dict[str, str]]:
 def english_rows(held_out: bool, characters: int) -> list[dict[str, str]]:
     """Topics of the language reference, every second one held out."""
     rows, total = [], 0
-    for index, (topic, text) in enumerate(sorted(topics.items())):
+    topic_of = {text: topic for topic, text in sorted(topics.items())}
+    for index, (text, topic) in enumerate(topic_of.items()):
         if (index % 2 == 1) == held_out and total < characters:
             rows.append(_row(text[:12_000], f"pydoc_data/topics.py#{topic}"))
             total += len(rows[-1]["text"])

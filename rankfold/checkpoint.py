@@ -47,15 +47,15 @@ def load_model(
             output_loading_info=True,
         )
     except OSError as error:
-        raise ValueError(
-            f"{source}: no model folder, and no model of that name on the hub can be reached ({error})."
-        ) from error
+        reason = str(error).splitlines()[0]
+        message = f"{source}: no model folder, and no model of this name can be reached on the hub ({reason})"
+        raise ValueError(message) from error
     except safetensors.SafetensorError as error:
         raise ValueError(f"{source}: a shard cannot be read ({error}). Copy or download it again.") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
         raise ValueError(
-            f"{source}: the checkpoint must hold every weight of {type(model).__name__}, but {len(missing)} are missing "
+            f"{source}: the checkpoint must hold all weights of {type(model).__name__}, but {len(missing)} are missing "
             f"or of another shape, for example {missing[:3]}. They would be random; take a whole checkpoint."
         )
     return (model.to(device) if device is not None else model).eval()
@@ -81,8 +81,9 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{source}: no tokenizer lies beside the model ({error}). Copy its files there.") from error
+    except (OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source}: no tokenizer lies beside the model ({reason}). Copy its files there.") from error
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:

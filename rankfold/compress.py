@@ -157,7 +157,9 @@ def _split_off(model: Any, option: Option, unreached: list[str]) -> list[Option]
 
 
 def _finish(model: Any, plan: Plan) -> Plan:
+    """Leave a model of our class behind, whose plan also holds what was compressed earlier."""
     restack(model)
     use_eager_experts(model)
-    adopt(model, plan)
+    earlier = Plan.from_dict(stored).factorized if (stored := getattr(model.config, "rankfold", None)) else ()
+    adopt(model, replace(plan, options=(*earlier, *plan.options)))
     return plan

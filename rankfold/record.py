@@ -20,7 +20,7 @@ class Record:
     """The model that was observed, for example `dense` or the path of a checkpoint."""
     name: str
     """What was observed, for example `perplexity`."""
-    value: float | None
+    value: float | int | None
     """The observation in `unit`; `None` where it could not be made, the reason then being in `context`."""
     unit: str
     """Base unit: `1`, `nat/token`, `second`, `byte`."""

@@ -119,7 +119,19 @@ def build(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", se
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
                 elif not bool((parameter == 1).all()):
                     parameter.normal_(std=0.1)
+    if dtype == torch.float64:
+        model.config._experts_implementation = "eager"  # the grouped kernels refuse it
     return model.to(dtype).eval()
+
+
+def auto_class(model: Any) -> Any:
+    """The Auto class that loads this kind of model."""
+    names = ("CausalLM", "MaskedLM", "SequenceClassification", "Seq2SeqLM")
+    architecture = type(model).__name__.removeprefix("Rankfold")
+    head = next((name for name in names if name in architecture), "CausalLM")
+    if "ConditionalGeneration" in architecture:
+        head = "Seq2SeqLM"
+    return getattr(transformers, f"AutoModelFor{head}")
 
 
 def inputs(model: Any, length: int = 12, batch: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:

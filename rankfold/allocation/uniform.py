@@ -40,6 +40,6 @@ def _option(
         if rank < 1:
             raise ValueError(
                 f"{site.name}: keeping {keep:g} of {site.parameters} parameters leaves no room for rank 1 of a "
-                f"matrix of shape ({site.out_features}, {site.in_features}). Raise --keep, or leave the site out (--sites)."
+                f"matrix of shape ({site.out_features}, {site.in_features}). Raise --keep, or choose other --sites."
             )
     return option_at(form, group, round_rank(rank, multiple), adds_bias)

@@ -7,10 +7,10 @@ import hashlib
 import importlib.resources
 import json
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -94,7 +94,7 @@ def _file_texts(path: Path) -> Iterator[str]:
         ) from error
 
 
-def _json_texts(path: Path, lines: IO[str]) -> Iterator[str]:
+def _json_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

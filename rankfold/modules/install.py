@@ -54,7 +54,9 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
             out_features, in_features = linear_shape(dense)
             like = dense.weight
             form = FORMS[option["form"]]
-            empty = form(in_features, out_features, option["ranks"], option.get("bias", False), like.device, like.dtype)
+            empty = form(
+                in_features, out_features, tuple(option["ranks"]), option.get("bias", False), like.device, like.dtype
+            )
             model.set_submodule(path, empty)
     use_eager_experts(model)
 

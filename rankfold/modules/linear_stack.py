@@ -19,7 +19,7 @@ class LinearStack(nn.ModuleList):
     @classmethod
     def from_parameter(cls, stacked: nn.Parameter) -> LinearStack:
         """One `nn.Linear` per slice; the slices stay views of the stacked parameter."""
-        return cls([_linear(nn.Parameter(matrix, stacked.requires_grad)) for matrix in stacked.detach()])
+        return cls([_layer_around(nn.Parameter(matrix, stacked.requires_grad)) for matrix in stacked.detach()])
 
     def __getitem__(self, index: int | Tensor) -> Tensor:  # type: ignore[override]
         """The weight of one layer."""
@@ -29,7 +29,7 @@ class LinearStack(nn.ModuleList):
         return ModuleWeight(like, (layer.out_features, layer.in_features), layer, lambda: layer.weight)  # type: ignore[arg-type, return-value]
 
 
-def _linear(weight: nn.Parameter) -> nn.Linear:
+def _layer_around(weight: nn.Parameter) -> nn.Linear:
     """An `nn.Linear` without bias around an existing parameter."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     linear.weight = weight

@@ -1,0 +1,139 @@
+"""Whole-process time and peak memory of `rankfold compress` beside the same work done naively.
+
+    python benchmarks/compress_cost.py            # makes a random Llama of 304 M parameters, runs three pairs
+    python benchmarks/compress_cost.py --pairs 1
+
+Both load the same bfloat16 checkpoint, calibrate on the same 8 x 512 tokens, factorize all 168 linear layers of the
+blocks by the whitened SVD at keep 0.8, and save safetensors. The naive one is what a research script does: hooks on all
+layers at once, each with a second moment of its own in float32, and a full `torch.linalg.svd` of every scaled matrix.
+Pairs alternate, threads are pinned to one, and the ratio of the medians is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rankfold import Record
+from rankfold.calibration import load_corpus, random_windows, token_stream
+from rankfold.measure import circumstances
+
+ROOT = Path(__file__).parent.parent
+SEQUENCES, LENGTH, KEEP = 8, 512, 0.8
+
+
+def make_model(folder: Path) -> None:
+    """A Llama of 304 M random parameters in bfloat16, with the tokenizer of a bundled model."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=24, num_attention_heads=16,
+        num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=True, dtype="bfloat16",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama").save_pretrained(folder)
+
+
+def naive(source: Path, target: Path) -> None:
+    """The whitened SVD as a script would do it."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = random_windows(token_stream(tokenizer, load_corpus("bundled:calibration").texts), SEQUENCES, LENGTH)
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layers." in name
+    }
+    moments = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in layers.items()}
+    for name, layer in layers.items():
+
+        def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+            rows = args[0].flatten(0, 1).float()
+            moments[name] += rows.T @ rows
+
+        layer.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for ids in windows.split(8):
+            model(input_ids=ids)
+    factors = {}
+    for name, layer in layers.items():
+        W = layer.weight.detach().float()
+        rank = int(KEEP * W.numel() / sum(W.shape))
+        values, vectors = torch.linalg.eigh(moments[name])
+        scale = values.clamp(min=1e-6 * float(values.max())).sqrt()
+        root, inverse = (vectors * scale) @ vectors.T, (vectors / scale) @ vectors.T
+        U, s, Vh = torch.linalg.svd(W @ root)
+        factors[f"{name}.up"] = (U[:, :rank] * s[:rank].sqrt()).bfloat16().contiguous()
+        factors[f"{name}.down"] = (s[:rank, None].sqrt() * Vh[:rank] @ inverse).bfloat16().contiguous()
+    target.mkdir()
+    save_file(factors, target / "factors.safetensors")
+
+
+def timed(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a process."""
+    start = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(errors.decode()[-3000:])
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def compare(pairs: int, output: Path) -> None:
+    """Run the pairs, write every run and the ratios."""
+    runs: dict[str, list[tuple[float, int]]] = {"rankfold": [], "naive": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "model"
+        make_model(source)
+        for number in range(pairs):
+            ours = [sys.executable, "-m", "rankfold.cli", "compress", str(source), f"{temporary}/ours-{number}"]
+            ours += ["--keep", str(KEEP), "--sequences", str(SEQUENCES), "--length", str(LENGTH)]
+            theirs = [sys.executable, __file__, "--naive", str(source), f"{temporary}/naive-{number}"]
+            for name, command in (("rankfold", ours), ("naive", theirs)):
+                runs[name].append(timed(command))
+                print(f"{name}: {runs[name][-1][0]:.1f} s, {runs[name][-1][1] / 2**20:,.0f} MiB", flush=True)
+    context = circumstances(parameters=304_000_000, sequences=SEQUENCES, length=LENGTH, keep=KEEP, seed=0, threads=1)
+    records = []
+    for index, (quantity, unit) in enumerate((("time", "second"), ("peak_memory", "byte"))):
+        medians = {name: statistics.median(run[index] for run in values) for name, values in runs.items()}
+        for name, values in runs.items():
+            details = {**context, "runs": [run[index] for run in values]}
+            records.append(Record(subject=name, name=quantity, value=medians[name], unit=unit, context=details))
+        ratio = medians["naive"] / medians["rankfold"]
+        records.append(Record(subject="naive / rankfold", name=quantity, value=ratio, unit="1", context=context))
+        print(f"{quantity}: naive / rankfold = {ratio:.2f}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("".join(record.to_json() + "\n" for record in records))
+
+
+def main() -> None:
+    """Compare, or do the naive run in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--naive", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compress_cost.jsonl")
+    arguments = parser.parse_args()
+    if arguments.naive:
+        naive(*arguments.naive)
+        return
+    print(json.dumps(circumstances()))
+    compare(arguments.pairs, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""PEFT, the Trainer and torch.compile take a compressed model as they take any other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import Trainer, TrainingArguments
+
+from rankfold import allocate, compress, find_sites
+from rankfold.checkpoint import load_model, save
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = tiny.build("llama_gqa")
+    compress(model, allocate(find_sites(model).select(), keep=0.6, method="svd"))
+    return save(model, None, tmp_path / "out")
+
+
+def rows(count: int = 8) -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 120, (count, 12), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def loss(model: Any) -> float:
+    ids = torch.stack([row["input_ids"] for row in rows()])
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def arguments(folder: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=8, learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+
+
+def test_the_trainer_trains_the_factors(folder: Path, tmp_path: Path) -> None:
+    model = load_model(folder)
+    before = loss(model)
+    trainer = Trainer(model=model, args=arguments(tmp_path / "run"), train_dataset=rows())
+    trainer.train()
+    model.eval()
+    assert loss(model) < before
+    trainer.save_model(str(tmp_path / "trained"))
+    assert loss(load_model(tmp_path / "trained")) == pytest.approx(loss(model), rel=1e-6)
+
+
+def test_lora_on_the_factors_trains_saves_loads_and_merges(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = load_model(folder)
+    before = loss(model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["down", "up"], lora_alpha=16))
+    Trainer(model=adapted, args=arguments(tmp_path / "run"), train_dataset=rows()).train()
+    adapted.eval()
+    after = loss(adapted)
+    assert after < before
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(load_model(folder), tmp_path / "adapter").eval()
+    assert loss(again) == pytest.approx(after, rel=1e-5)
+    merged = again.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert loss(load_model(tmp_path / "merged")) == pytest.approx(after, rel=1e-5)
+
+
+COMPILED = """
+import sys, torch
+import rankfold
+from rankfold.checkpoint import load_model
+torch.set_num_threads(1)
+model = load_model(sys.argv[1])
+ids = torch.arange(3, 27).reshape(2, 12)
+with torch.no_grad():
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(input_ids=ids).logits, expected)
+"""
+
+
+def test_a_compiled_model_gives_the_same_logits(folder: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", COMPILED, str(folder)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]

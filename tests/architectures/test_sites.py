@@ -1,0 +1,181 @@
+"""What find_sites finds in every architecture."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from rankfold import find_sites
+from rankfold.modules import linear_at
+from rankfold.modules.install import READS_PLAN_VERSION
+from rankfold.plan import PLAN_VERSION
+
+KINDS = {
+    "llama": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+    "mlp.gate_proj mlp.up_proj mlp.down_proj",
+    "phi3": "self_attn.o_proj self_attn.qkv_proj mlp.gate_up_proj mlp.down_proj",
+    "gpt2": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+    "gpt_bigcode": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+    "codegen": "attn.qkv_proj attn.out_proj mlp.fc_in mlp.fc_out",
+    "gpt_neox": "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
+    "opt": "self_attn.k_proj self_attn.v_proj self_attn.q_proj self_attn.out_proj fc1 fc2",
+    "bloom": "self_attention.query_key_value self_attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
+    "falcon": "self_attention.query_key_value self_attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
+    "mamba": "mixer.in_proj mixer.x_proj mixer.out_proj",
+    "bert_masked": "attention.self.query attention.self.key attention.self.value attention.output.dense "
+    "intermediate.dense output.dense",
+}
+for same in ("llama_gqa", "mistral", "qwen2", "qwen3", "gemma"):
+    KINDS[same] = KINDS["llama"]
+KINDS |= {"gpt_bigcode_mha": KINDS["gpt_bigcode"], "falcon_new": KINDS["falcon"]}
+KINDS |= {"bert_classifier": KINDS["bert_masked"], "roberta": KINDS["bert_masked"]}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_block_has_the_expected_kinds(name: str) -> None:
+    sites = find_sites(tiny.build(name)).select()
+    blocks = {site.block for site in sites}
+    assert len(blocks) == 2
+    for block in blocks:
+        assert [site.kind for site in sites if site.block == block] == KINDS[name].split()
+
+
+def test_t5_has_sites_in_both_stacks() -> None:
+    sites = find_sites(tiny.build("t5")).select()
+    assert len(sites) == 2 * 6 + 2 * 10
+    assert {site.block for site in sites} == {f"{stack}.block.{i}" for stack in ("encoder", "decoder") for i in (0, 1)}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_every_expert_slice_is_a_site(name: str) -> None:
+    model = tiny.build(name)
+    sites = find_sites(model).select()
+    experts = [site for site in sites if "experts" in site.kind]
+    matrices = {site.kind.rpartition(".experts.")[2] for site in experts}
+    assert len(experts) == 2 * model.config.num_local_experts * len(matrices)
+    assert all(site.reads == site.name for site in experts)
+    assert any("router" in skipped.reason for skipped in find_sites(model).skipped)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_a_model_without_weights_has_the_same_sites(name: str) -> None:
+    assert find_sites(tiny.build(name, device="meta")).all == find_sites(tiny.build(name)).all
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_every_matrix_is_a_site_or_skipped_with_a_reason(name: str) -> None:
+    model = tiny.build(name)
+    sites = find_sites(model)
+    seen = {f"{site.name}.weight" for site in sites} | {site.name.rpartition(".")[0] for site in sites}
+    seen |= {skipped.name for skipped in sites.skipped}
+    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+    assert matrices <= seen
+    assert all(skipped.reason for skipped in sites.skipped)
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_sites_that_read_the_same_input_really_do(name: str) -> None:
+    model = tiny.build(name)
+    sites = [site for site in find_sites(model) if "experts" not in site.kind]
+    inputs: dict[str, torch.Tensor] = {}
+    for site in sites:
+        linear_at(model, site.name).register_forward_pre_hook(
+            lambda _, args, name=site.name: inputs.setdefault(name, args[0])
+        )
+    with torch.no_grad():
+        model(**tiny.inputs(model))
+    for site in sites:
+        assert torch.equal(inputs[site.name], inputs[site.reads])
+        first = next(s for s in sites if s.reads == site.reads)
+        assert first.name == site.reads
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.ARCHITECTURES if name.startswith(("llama", "qwen", "bert"))])
+def test_query_key_and_value_share_their_input(name: str) -> None:
+    sites = find_sites(tiny.build(name))
+    queries = [site for site in sites if site.kind.endswith(("q_proj", "query"))]
+    for query in queries:
+        assert sum(site.reads == query.name for site in sites) == 3
+
+
+def _scale(linear: nn.Module, rows: list[int], factor: float) -> None:
+    transposed = type(linear).__name__ == "Conv1D"
+    with torch.no_grad():
+        weight = linear.weight.T if transposed else linear.weight
+        weight[rows] *= factor
+        if linear.bias is not None:
+            linear.bias[rows] *= factor
+
+
+FUSED = ["gpt2", "gpt_bigcode", "gpt_bigcode_mha", "codegen", "phi3", "gpt_neox", "bloom", "falcon", "falcon_new"]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_parts_of_a_fused_projection_are_query_key_and_value(name: str) -> None:
+    """Scaling queries up and keys down changes nothing; scaling values changes the attention's output in proportion."""
+    model = tiny.build(name, torch.float64)
+    site = next(site for site in find_sites(model) if {part.name for part in site.parts} == {"q", "k", "v"})
+    rows = {part.name: part.rows(site.out_features) for part in site.parts}
+    assert sorted(row for part in rows.values() for row in part) == list(range(site.out_features))
+    block_sites = [s for s in find_sites(model) if s.block == site.block]
+    follower = block_sites[block_sites.index(site) + 1] if name != "phi3" else block_sites[0]
+    captured: list[torch.Tensor] = []
+    linear_at(model, follower.name).register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    inputs, fused = tiny.inputs(model), linear_at(model, site.name)
+    with torch.no_grad():
+        model(**inputs)
+        _scale(fused, rows["q"], 4.0)
+        _scale(fused, rows["k"], 0.25)
+        model(**inputs)
+        _scale(fused, rows["v"], 3.0)
+        model(**inputs)
+    torch.testing.assert_close(captured[1], captured[0], rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(captured[2], 3 * captured[0], rtol=1e-6, atol=1e-8)
+    _scale(fused, rows["q"], 4.0)
+    with torch.no_grad():
+        model(**inputs)
+    assert not torch.allclose(captured[3], captured[2])
+
+
+def test_the_parts_of_phi3s_mlp_are_gate_and_up() -> None:
+    model = tiny.build("phi3", torch.float64)
+    site = next(site for site in find_sites(model) if site.kind == "mlp.gate_up_proj")
+    rows = {part.name: part.rows(site.out_features) for part in site.parts}
+    captured: list[torch.Tensor] = []
+    linear_at(model, f"{site.block}.mlp.down_proj").register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    with torch.no_grad():
+        model(**tiny.inputs(model))
+        _scale(linear_at(model, site.name), rows["up"], 2.0)
+        model(**tiny.inputs(model))
+    torch.testing.assert_close(captured[1], 2 * captured[0])
+
+
+def test_patterns_choose_sites_and_unknown_ones_are_an_error() -> None:
+    sites = find_sites(tiny.build("llama"))
+    assert {site.kind for site in sites.select(["mlp.down_proj"])} == {"mlp.down_proj"}
+    assert len(sites.select(["model.layers.0.*"])) == 7
+    assert [site.name for site in sites.select(["lm_head"])] == ["lm_head"]
+    with pytest.raises(ValueError, match=r"No site matches the pattern 'mlp.c_proj'.*mlp.down_proj"):
+        sites.select(["mlp.c_proj"])
+
+
+def test_heads_are_left_out_unless_named_and_tied_ones_always() -> None:
+    assert all(site.block for site in find_sites(tiny.build("llama")).select())
+    tied = find_sites(tiny.build("llama_gqa"))
+    assert "lm_head" not in {site.name for site in tied}
+    assert any(s.name == "lm_head.weight" and s.reason.startswith("tied") for s in tied.skipped)
+
+
+def test_a_compressed_model_offers_no_factor_of_a_factor() -> None:
+    from rankfold import allocate, compress
+
+    model = tiny.build("llama")
+    sites = find_sites(model).select(["mlp.down_proj"])
+    compress(model, allocate(sites, keep=0.5, method="svd"))
+    assert not any(".down_proj." in site.name for site in find_sites(model))
+
+
+def test_the_loading_code_reads_the_plans_that_are_written() -> None:
+    assert READS_PLAN_VERSION == PLAN_VERSION

@@ -1,0 +1,124 @@
+"""Texts from files and as windows of tokens."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import ROOT, asset
+from transformers import AutoTokenizer
+
+from rankfold.calibration import (
+    BUNDLED,
+    load_corpus,
+    make_batches,
+    random_windows,
+    special_tokens,
+    split_windows,
+    token_stream,
+)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_texts_are_there(name: str) -> None:
+    corpus = load_corpus(name)
+    assert sum(map(len, corpus.texts)) > 100_000
+    assert len(corpus.sha256) == 64
+
+
+def test_bundled_calibration_and_evaluation_do_not_overlap() -> None:
+    calibration = set(load_corpus(BUNDLED[0]).texts)
+    assert not any(calibration & set(load_corpus(name).texts) for name in BUNDLED[1:])
+
+
+def test_files_of_every_kind_give_the_same_texts(tmp_path: Path) -> None:
+    texts = ("first", "second é")
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "a.jsonl").write_text(rows, encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(rows.encode()))
+    for path in sorted(tmp_path.iterdir()):
+        assert load_corpus(path).texts == texts
+    (tmp_path / "b.txt").write_text("one text")
+    assert load_corpus(str(tmp_path / "b.txt")).texts == ("one text",)
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    (tmp_path / "c.jsonl").write_text(json.dumps(chat))
+    assert load_corpus(tmp_path / "c.jsonl").texts == ("hi\n\nyes",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("./missing", None, "no such file"),
+        ("empty.txt", b"", "must hold text, but this one is empty"),
+        ("blank.jsonl", b'{"text": "  "}\n', "must hold text, but this one is empty"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text', "line 2: each line must be one JSON object"),
+        ("foreign.jsonl", b'{"question": "a"}\n', r"line 1: a row must have `text`.*\['question'\]"),
+        ("binary.txt", b"\xff\xfe\x00\x01", "must be UTF-8 text, but byte 0 is not"),
+    ],
+)
+def test_bad_files_say_what_and_where(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(name if name.startswith(".") else tmp_path / name)
+
+
+def test_an_unknown_data_set_says_both_things_it_could_have_been() -> None:
+    with pytest.raises(ValueError, match="no such file|neither a file here nor a data set"):
+        load_corpus("nobody/nothing")
+
+
+def tokenizers() -> dict[str, Any]:
+    return {
+        "bos": AutoTokenizer.from_pretrained(asset("weights/stories260K")),
+        "cls": AutoTokenizer.from_pretrained(asset("weights/all-MiniLM-L6-v2")),
+    }
+
+
+def test_special_tokens_are_those_that_the_tokenizer_adds() -> None:
+    found = tokenizers()
+    assert special_tokens(found["bos"]) == (1, None)
+    assert special_tokens(found["cls"]) == (101, 102)
+    assert special_tokens(AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")) == (None, None)
+
+
+def test_streams_mark_where_a_text_begins_or_ends() -> None:
+    found = tokenizers()
+    assert token_stream(found["bos"], ["a", "b"]).tolist().count(1) == 2
+    plain = AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")
+    stream = token_stream(plain, ["a = 1\n", "b = 2\n"])
+    assert stream.tolist().count(plain.eos_token_id) == 2
+
+
+def test_windows_are_consecutive_and_framed() -> None:
+    stream = torch.arange(10, 20)
+    assert split_windows(stream, 4).tolist() == [[10, 11, 12, 13], [14, 15, 16, 17]]
+    assert split_windows(stream, 4, begin=1).tolist()[0] == [1, 10, 11, 12]
+    assert split_windows(stream, 4, begin=1, end=2).tolist()[1] == [1, 12, 13, 2]
+
+
+def test_random_windows_are_slices_and_repeatable() -> None:
+    stream = torch.arange(100)
+    windows = random_windows(stream, 50, 8, seed=1)
+    assert torch.equal(windows, random_windows(stream, 50, 8, seed=1))
+    assert not torch.equal(windows, random_windows(stream, 50, 8, seed=2))
+    assert bool((windows.diff(dim=1) == 1).all())
+
+
+@pytest.mark.parametrize("cut", [split_windows, lambda stream, length: random_windows(stream, 3, length)])
+def test_a_corpus_shorter_than_a_window_is_an_error(cut: Any) -> None:
+    with pytest.raises(ValueError, match="at least one window of 8 tokens, but holds 5"):
+        cut(torch.arange(5), 8)
+
+
+def test_tokens_of_another_tokenizer_are_an_error() -> None:
+    with pytest.raises(ValueError, match="below the model's vocabulary of 128, but the corpus holds 500"):
+        make_batches(tiny.build("llama"), torch.full((2, 8), 500))

@@ -1,0 +1,167 @@
+"""The command line as a user types it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from conftest import ROOT
+
+from rankfold.checkpoint import load_model
+from rankfold.cli import app
+from rankfold.record import Record
+
+MODEL = str(ROOT / "models" / "pycode-llama")
+FREE = {"device", "dtype", "seed", "output"}
+
+
+def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "rankfold.cli", *arguments],
+        env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == code, result.stderr[-3000:]
+    return result
+
+
+def records(text: str) -> dict[tuple[str, str], Record]:
+    found = [Record.from_json(line) for line in text.splitlines()]
+    return {(record.subject, record.name): record for record in found}
+
+
+@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
+def test_a_verb_has_at_most_ten_options_and_help_for_each(command: typer.models.CommandInfo) -> None:
+    assert command.callback is not None
+    assert command.callback.__doc__
+    parameters = inspect.signature(command.callback, eval_str=True).parameters
+    options = []
+    for name, parameter in parameters.items():
+        info = parameter.annotation.__metadata__[0]
+        assert info.help
+        if isinstance(info, typer.models.OptionInfo) and name not in FREE:
+            options.append(name)
+    assert len(options) <= 10
+
+
+def test_help_lists_the_verbs() -> None:
+    text = run("--help").stdout
+    assert all(verb in text for verb in ("inspect", "compress", "measure", "export", "demo"))
+    assert "--keep" in run("compress", "--help").stdout
+
+
+def test_compress_measure_export(tmp_path: Path) -> None:
+    out, dense = tmp_path / "out", tmp_path / "dense"
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(800)))
+    done = run(
+        "compress", MODEL, str(out), "--keep", "0.8", "--method", "lord", "--calibration", str(text),
+        "--sequences", "8", "--length", "64",
+    )  # fmt: skip
+    found = records(done.stdout)
+    assert found[str(out), "parameters"].value < found[str(out), "dense_parameters"].value  # type: ignore[operator]
+    assert "Checkpoint:" in done.stderr
+    plan = load_model(out).config.rankfold
+    assert (plan["method"], plan["keep"]) == ("lord", 0.8)
+    assert plan["calibration"] | {"sha256": ""} == {
+        "corpus": "text.txt", "sha256": "", "sequences": 8, "tokens": 512,
+    }  # fmt: skip
+    assert set(plan["versions"]) == {"python", "rankfold", "torch", "transformers"}
+
+    output = tmp_path / "records.jsonl"
+    measured = run(
+        "measure", str(out), "--dense", MODEL, "--text", str(text), "--length", "64", "--windows", "8",
+        "--output", str(output),
+    )  # fmt: skip
+    found = records(output.read_text())
+    assert measured.stdout == ""
+    assert "perplexity" in measured.stderr
+    assert found["compressed", "perplexity"].value > found["dense", "perplexity"].value  # type: ignore[operator]
+    assert found["compressed", "perplexity"].error
+    assert found["compressed", "disk"].value < found["dense", "disk"].value  # type: ignore[operator]
+    assert {"hardware", "versions", "data", "sha256"} <= set(found["dense", "loss"].context)
+    assert ("compressed", "decode") in found
+
+    run("export", str(out), str(dense), "--dense")
+    assert json.loads((dense / "config.json").read_text())["model_type"] == "llama"
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        difference = load_model(dense).float()(ids).logits - load_model(out).float()(ids).logits
+    assert float(difference.abs().max()) < 0.5  # the products are rounded to bfloat16 once more
+
+
+def test_inspect_prints_and_draws(tmp_path: Path) -> None:
+    plot = tmp_path / "spectra.png"
+    done = run("inspect", MODEL, "--sites", "mlp.down_proj", "--sites", "self_attn.q_proj", "--plot", str(plot))
+    found = [Record.from_json(line) for line in done.stdout.splitlines()]
+    assert len(found) == 24
+    assert found[0].value == 31
+    assert found[0].context["shape"] == [64, 64]
+    assert found[0].context["aspect_ratio"] == 1
+    assert 0.3 < found[0].context["energy_at_rank_32"] <= 1
+    assert "break-even" in done.stderr
+    assert "tied to" in done.stderr
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "./nowhere", "OUT"], "must be a folder with config.json"),
+        (["compress", MODEL, "OUT", "--keep", "1.5"], "must lie in (0, 1], but got 1.5"),
+        (["compress", MODEL, "OUT", "--rank", "65"], "rank must lie between 1 and min(out, in) = 64, but got 65"),
+        (["compress", MODEL, "OUT", "--sites", "c_proj"], "No site matches the pattern 'c_proj'"),
+        (["compress", MODEL, "OUT", "--calibration", "nowhere.txt"], "no such file"),
+        (["compress", MODEL, "OUT", "--calibration", "EMPTY"], "must hold text, but this one is empty"),
+        (["compress", MODEL, "OUT", "--calibration", "SHORT"], "at least one window of 256 tokens"),
+        (["compress", MODEL, "FULL"], "the output exists"),
+        (["compress", MODEL, "OUT", "--dtype", "int3"], "--dtype must be one of"),
+        (["measure", MODEL, "--text", "EMPTY"], "must hold text"),
+        (["export", MODEL, "OUT", "--dense"], "is an ordinary model already"),
+        (["export", MODEL, "OUT"], "pass --dense"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_two(arguments: list[str], message: str, tmp_path: Path) -> None:
+    places = {
+        "OUT": tmp_path / "out",
+        "FULL": tmp_path / "full",
+        "EMPTY": tmp_path / "e.txt",
+        "SHORT": tmp_path / "s.txt",
+    }
+    places["FULL"].mkdir()
+    (places["FULL"] / "precious").write_text("x")
+    places["EMPTY"].write_text("")
+    places["SHORT"].write_text("x = 1\n")
+    done = run(*[str(places.get(argument, argument)) for argument in arguments], code=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.txt", "full", "s.txt"]
+
+
+def test_a_kill_half_way_leaves_nothing_at_the_target(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rankfold.cli", "compress", MODEL, str(tmp_path / "out"), "--sequences", "2000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Calibrating" in line:
+                break
+        time.sleep(1)
+        process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rankfold_line_of_the_readme_is_a_valid_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "rankfold compress HuggingFaceTB/SmolLM2-135M out/ --keep 0.8 --calibration my_text.jsonl" in readme

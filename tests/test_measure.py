@@ -1,0 +1,124 @@
+"""Measurements against naive ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from conftest import asset
+from transformers import AutoTokenizer
+
+from rankfold import allocate, compress, find_sites
+from rankfold.checkpoint import save
+from rankfold.cost import disk_bytes, interleaved_latency, memory_bytes, parameter_count
+from rankfold.measure import measure_latency, measure_quality, measure_size, table
+from rankfold.quality import classification_accuracy, load_labelled, next_token_quality
+from rankfold.record import value_of
+
+
+def windows() -> torch.Tensor:
+    return torch.randint(3, 120, (10, 16), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_loss_is_the_mean_over_all_scored_tokens() -> None:
+    model = tiny.build("llama")
+    quality = next_token_quality(model, windows(), batch_size=3)
+    losses = []
+    with torch.no_grad():
+        for row in windows():
+            probabilities = model(input_ids=row[None]).logits[0].double().softmax(-1)
+            losses.append([-math.log(probabilities[i, row[i + 1]]) for i in range(15)])
+    table = torch.tensor(losses)
+    assert quality.tokens == 150
+    assert quality.loss == pytest.approx(float(table.mean()), rel=1e-5)
+    assert quality.loss_error == pytest.approx(float(table.mean(1).std() / math.sqrt(10)), rel=1e-4)
+    assert quality.perplexity == pytest.approx(math.exp(quality.loss))
+
+
+def test_a_model_is_no_distance_from_itself_and_some_from_another() -> None:
+    model, other = tiny.build("llama"), tiny.build("llama", seed=1)
+    same = next_token_quality(model, windows(), dense=model)
+    assert same.kl == pytest.approx(0, abs=1e-7)
+    assert same.agreement == 1
+    different = next_token_quality(other, windows(), dense=model)
+    assert different.kl is not None
+    assert different.kl > 0.1
+    with torch.no_grad():
+        p, q = (m(input_ids=windows()).logits[:, :-1].double().log_softmax(-1) for m in (model, other))
+    assert different.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+
+
+def test_logits_that_are_not_finite_name_the_batch() -> None:
+    model = tiny.build("llama")
+    broken = windows()
+    broken[7, 2] = 125
+    with torch.no_grad():
+        model.model.embed_tokens.weight[125] = float("nan")
+    with pytest.raises(ValueError, match="batch 2 of the evaluation gives NaN"):
+        next_token_quality(model, broken, batch_size=3)
+
+
+def test_sizes_are_those_of_the_tensors_and_the_file(tmp_path: Path) -> None:
+    model = tiny.build("llama_gqa", torch.bfloat16)
+    compress(model, allocate(find_sites(model).select(), keep=0.5, method="svd"))
+    save(model, None, tmp_path / "out")
+    assert parameter_count(model) == sum(p.numel() for p in model.parameters())
+    tensors = 2 * parameter_count(model)
+    assert tensors <= memory_bytes(model) <= tensors + 2000
+    disk = disk_bytes(tmp_path / "out")
+    assert disk is not None
+    assert tensors <= disk <= tensors + 20_000
+    assert disk_bytes("nobody/model") is None
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba", "bert_masked", "t5"])
+def test_latency_of_every_kind_of_model(name: str) -> None:
+    models = {"a": tiny.build(name), "b": tiny.build(name)}
+    rounds: list[int] = []
+    result = interleaved_latency(models, prompt_tokens=8, decoded_tokens=2, rounds=4, on_round=lambda: rounds.append(1))
+    assert len(rounds) == 5
+    for latency in result.values():
+        assert len(latency.prefill) == 4
+        assert latency.prefill_seconds > 0
+        assert (latency.decode_seconds is not None) == (name in {"llama"})
+
+
+def test_records_make_a_table_with_ratios() -> None:
+    models = {"dense": tiny.build("llama"), "compressed": tiny.build("llama")}
+    compress(models["compressed"], allocate(find_sites(models["compressed"]).select(), keep=0.5, method="svd"))
+    records = measure_size(models, {}, {}) + measure_quality(models, windows(), {"data": "x"})
+    records += measure_latency(models, {}, prompt_tokens=8, rounds=4)
+    rows = {row[0]: row for row in table(records, models)}
+    parameters = value_of(records, "compressed", "parameters"), value_of(records, "dense", "parameters")
+    assert rows["parameters"][-1] == f"{parameters[0] / parameters[1]:.3f}"  # type: ignore[operator]
+    assert "±" in rows["perplexity"][1]
+    assert rows["KL to dense, nat/token"][1] == "-"
+    assert {"prefill, ms", "decode, ms/token", "same first choice"} <= set(rows)
+    assert all("contended" in record.context for record in records if record.name == "prefill")
+
+
+def test_accuracy_counts_right_rows(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(asset("weights/all-MiniLM-L6-v2"))
+    model = tiny.build("bert_classifier")
+    model.resize_token_embeddings(len(tokenizer))
+    rows = [{"sentence": f"number {i}", "label": i % 2} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    accuracy = classification_accuracy(model, tokenizer, load_labelled(tmp_path / "rows.jsonl"), batch_size=4)
+    with torch.no_grad():
+        right = sum(
+            int(model(**tokenizer(str(row["sentence"]), return_tensors="pt")).logits.argmax()) == row["label"]
+            for row in rows
+        )
+    assert (accuracy.right, accuracy.total) == (right, 9)
+    assert accuracy.error == pytest.approx(math.sqrt(accuracy.value * (1 - accuracy.value) / 9))
+
+
+@pytest.mark.parametrize("row", ['{"sentence": "a"}', '{"label": 1}', ""])
+def test_labelled_rows_must_hold_text_and_label(row: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(row)
+    with pytest.raises(ValueError, match="`sentence` or `text` and an integer `label`"):
+        load_labelled(tmp_path / "rows.jsonl")

@@ -1,0 +1,58 @@
+"""What the README says is true."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from conftest import ROOT
+
+
+def tree_of_the_readme() -> dict[str, str]:
+    """Path and comment of every line of the README's tree."""
+    block = re.search(r"```\nrankfold/\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert block
+    found, folders = {}, []
+    for line in block.group(1).splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2 - 1
+        name, _, comment = line.strip().partition("  ")
+        folders[depth:] = [name.rstrip("/")]
+        found["/".join(folders)] = comment.strip()
+    return found
+
+
+def tree_of_the_package() -> dict[str, str]:
+    """Path and docstring of every module; a folder has that of its `__init__`."""
+    found = {}
+    for path in (ROOT / "rankfold").rglob("*.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        relative = path.relative_to(ROOT / "rankfold")
+        name = str(relative.parent) if path.name == "__init__.py" else str(relative)
+        if name != ".":
+            found[name] = docstring or ""
+    return found
+
+
+def test_the_tree_is_that_of_the_modules() -> None:
+    assert tree_of_the_readme() == tree_of_the_package()
+
+
+def test_every_module_docstring_is_one_sentence() -> None:
+    for path, docstring in tree_of_the_package().items():
+        assert docstring.endswith("."), path
+        assert "\n" not in docstring, path
+
+
+def test_the_paths_that_documents_name_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "docs/mathematics.md"):
+        for path in re.findall(
+            r"\]\(((?:docs|benchmarks|experiments|models|examples)/[^)#]+)\)", (ROOT / document).read_text()
+        ):
+            assert (ROOT / path).exists(), f"{document}: {path}"
+
+
+def test_every_cited_equation_exists() -> None:
+    equations = set(re.findall(r"^\*\*\((\d+)\)", (ROOT / "docs" / "mathematics.md").read_text(), re.M))
+    for path in (ROOT / "rankfold").rglob("*.py"):
+        for number in re.findall(r"mathematics\.md, eq\. (\d+)", path.read_text()):
+            assert number in equations, f"{path.name} cites equation {number}"
