@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="the JSONL corpus that it was trained on")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     corpus = load_corpus("bundled:python-held-out")
     if arguments.corpus:
         held_out = split(json_lines(arguments.corpus))[1]

@@ -122,25 +122,69 @@ def adopt(model: Any, plan: Plan) -> None:
 
 
 def release(model: Any) -> None:
-    """Turn a model of ours into the stock one, in place: every factorized module becomes its dense product."""
+    """Turn a model of ours into the stock one, in place: every factorized module becomes its dense product.
+
+    Raises:
+        ValueError: If a factorized layer has a bias for which the stock architecture has no place.
+    """
     stock = stock_class(type(model))
-    with torch.device("meta"):
-        pattern = stock(_stock_config(model.config))
-    for path, module in list(model.named_modules()):
-        if isinstance(module, FactorizedLinear):
-            linear = module.to_dense()
-            dense: nn.Module = linear
-            owner = model.get_submodule(path.rpartition(".")[0])
-            if not isinstance(owner, LinearStack) and type(pattern.get_submodule(path)).__name__ == "Conv1D":
-                dense = _to_conv1d(linear, pattern.get_submodule(path))
-            model.set_submodule(path, dense)
+    factorized = {path: module for path, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+    biases = {f"{path}.bias" for path, module in factorized.items() if module.bias is not None}
+    config, pattern = _pattern_with(stock, model.config, biases)
+    for path, module in factorized.items():
+        linear = module.to_dense()
+        dense: nn.Module = linear
+        owner = model.get_submodule(path.rpartition(".")[0])
+        if not isinstance(owner, LinearStack) and type(pattern.get_submodule(path)).__name__ == "Conv1D":
+            dense = _to_conv1d(linear, pattern.get_submodule(path))
+        model.set_submodule(path, dense)
     restack(model)
-    model.config.__class__ = stock_class(type(model.config))
+    _add_zero_biases(model, pattern)
+    model.config.__class__ = type(config)
     model.__class__ = stock
+    for flag in _BIAS_FLAGS:
+        if hasattr(config, flag):
+            setattr(model.config, flag, getattr(config, flag))
     for attribute in ("rankfold", "auto_map"):
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)
     model.config.architectures = [stock.__name__]
+
+
+_BIAS_FLAGS = ("attention_bias", "mlp_bias", "use_bias", "bias")
+"""Settings by which stock architectures give biases to their linear layers."""
+
+
+def _pattern_with(stock: type[Any], config: PretrainedConfig, biases: set[str]) -> tuple[PretrainedConfig, nn.Module]:
+    """A stock configuration, and an empty model, in which every named bias has its place."""
+    settings = config.to_dict()
+    for name in ("rankfold", "auto_map", "model_type"):
+        settings.pop(name, None)
+    changes: dict[str, bool] = {}
+    for flag in (None, *_BIAS_FLAGS):
+        if flag in settings and settings[flag] is False:
+            changes[str(flag)] = True
+        elif flag is not None:
+            continue
+        plain = stock_class(type(config))(**{**settings, **changes})
+        with torch.device("meta"):
+            pattern = stock(plain)
+        missing = {name for name in biases if "experts" in name} | (biases - dict(pattern.named_parameters()).keys())
+        if not missing:
+            return plain, pattern
+    raise ValueError(
+        f"A dense {stock.__name__} has no place for the biases that were added, for example {sorted(missing)[0]}. "
+        "Keep the factorized checkpoint, or compress with a method that adds none, such as whitened."
+    )
+
+
+def _add_zero_biases(model: nn.Module, pattern: nn.Module) -> None:
+    """Give a zero bias to layers that have one in the pattern only."""
+    have = dict(model.named_parameters())
+    for name, _ in pattern.named_parameters():
+        if name.endswith(".bias") and name not in have:
+            linear = model.get_submodule(name.removesuffix(".bias"))
+            linear.bias = nn.Parameter(torch.zeros(linear.out_features).to(linear.weight))  # type: ignore[call-overload,arg-type]
 
 
 def restack(model: Any) -> None:
@@ -152,13 +196,6 @@ def restack(model: Any) -> None:
             stacked = torch.stack([parameter.detach() for parameter in stack.parameters()])
             delattr(owner, name)
             setattr(owner, name, nn.Parameter(stacked))
-
-
-def _stock_config(config: PretrainedConfig) -> PretrainedConfig:
-    settings = config.to_dict()
-    settings.pop("rankfold", None)
-    settings.pop("model_type", None)
-    return stock_class(type(config))(**settings)  # type: ignore[no-any-return]
 
 
 def _to_conv1d(linear: nn.Linear, pattern: Any) -> nn.Module:

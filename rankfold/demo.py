@@ -20,7 +20,7 @@ from rankfold.sites import find_sites
 from rankfold.terminal import print_table, progress, say
 
 MODEL = "pycode-llama"
-PROMPT = "def read_json(path):\n"
+PROMPT = "def read_lines(path):\n    with open(path) as"
 
 
 def bundled_model() -> Path:
@@ -78,5 +78,7 @@ def _generate(model: Any, tokenizer: Any) -> str:
     set_seed(0)
     encoded = tokenizer(PROMPT, return_tensors="pt")
     with torch.no_grad():
-        ids = model.generate(**encoded, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        ids = model.generate(
+            **encoded, max_new_tokens=60, do_sample=True, temperature=0.6, pad_token_id=tokenizer.pad_token_id
+        )
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -39,6 +39,6 @@ class Record:
         return cls(**json.loads(line))
 
 
-def value_of(records: Iterable[Record], subject: str, name: str) -> float | None:
+def value_of(records: Iterable[Record], subject: str, name: str) -> float | int | None:
     """The value of the first record with this subject and name, or `None`."""
     return next((record.value for record in records if (record.subject, record.name) == (subject, name)), None)

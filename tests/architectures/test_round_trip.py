@@ -118,6 +118,31 @@ def test_released_models_are_the_stock_ones_again(name: str) -> None:
     torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert_masked"])
+def test_added_biases_survive_the_dense_export(name: str, tmp_path: Path) -> None:
+    """LoRD gives every layer a bias; Llama has a place for them once its configuration says so."""
+    model = tiny.build(name)
+    sites = find_sites(model).select(["mlp.down_proj"] if name == "llama" else [])
+    batches = [tiny.inputs(model, length=16, batch=4, seed=seed) for seed in range(4)]
+    compress_blocks(model, allocate(sites, keep=0.6, method="lord"), sites, batches)
+    expected = logits(model)
+    export_dense(model, None, tmp_path / "dense")
+    torch.testing.assert_close(logits(load_model(tmp_path / "dense")), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gemma", "qwen3_moe"])
+def test_biases_without_a_place_are_an_error_and_leave_the_model_as_it_was(name: str, tmp_path: Path) -> None:
+    model = tiny.build(name)
+    sites = find_sites(model).select()
+    batches = [tiny.inputs(model, length=32, batch=8, seed=seed) for seed in range(4)]
+    compress_blocks(model, allocate(sites, keep=0.6, method="lord"), sites, batches)
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"no place for the biases.*such as whitened"):
+        export_dense(model, None, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+    assert torch.equal(logits(model), expected)
+
+
 WITHOUT_RANKFOLD = """
 import sys, torch, transformers
 assert "rankfold" not in sys.modules
