@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ import typer
 
 from rankfold import demo as demonstration
 from rankfold.allocation import ALLOCATIONS, allocate
-from rankfold.calibration import load_corpus, make_batches, random_windows, special_tokens, token_stream
+from rankfold.calibration import calibration_batches, load_corpus
 from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
 from rankfold.compress import compress as compress_at_once
 from rankfold.compress import compress_blocks
@@ -133,15 +133,11 @@ def compress(
     if METHODS[method].needs_data:
         corpus = load_corpus(calibration)
         length = length or default_length(loaded.config)
-        windows = random_windows(
-            token_stream(tokenizer, corpus.texts), sequences, length, seed, *special_tokens(tokenizer)
-        )
-        facts = {"corpus": corpus.name, "sha256": corpus.sha256, "sequences": sequences, "tokens": windows.numel()}
+        batches, facts = calibration_batches(loaded, tokenizer, corpus, sequences=sequences, length=length, seed=seed)
         plan = replace(plan, calibration=facts)
         say(f"Calibrating on {sequences} x {length} tokens of {corpus.name}.")
         if calibration.startswith("bundled:"):
             say("This is the bundled sample; text like your own gives a better model: --calibration my_text.jsonl")
-        batches = make_batches(loaded, windows)
         blocks = len({site.block for site in chosen if site.block})
         with progress("blocks x batches", (blocks + 1) * len(batches)) as advance:
             plan = compress_blocks(loaded, plan, chosen, batches, on_batch=advance)
@@ -175,14 +171,15 @@ def measure(
     records = measure_size(models, folders, circumstances())
     if labels is not None:
         records += measure_accuracy(models, tokenizer, labels, circumstances(data=labels.name))
-    elif models[next(reversed(models))].can_generate():
+    elif _is_decoder(models.values()):
         corpus = load_corpus(text or "bundled:english-held-out")
-        tokens = evaluation_windows(
-            tokenizer, corpus, length or default_length(models["dense" if dense else "model"].config), windows
-        )
+        length = length or default_length(next(iter(models.values())).config)
+        tokens = evaluation_windows(tokenizer, corpus, length, windows)
         context = circumstances(data=corpus.name, sha256=corpus.sha256)
         with progress("windows", len(models) * -(-len(tokens) // 8)) as advance:
             records += measure_quality(models, tokens, context, advance)
+    else:
+        say("Quality not measured: perplexity is for decoders; give a classifier labelled rows with --labels.")
     if latency:
         with progress("latency rounds", 16) as advance:
             records += measure_latency(models, circumstances(), advance, prompt_tokens=prompt, batch_size=batch)
@@ -238,6 +235,10 @@ def main() -> None:
     except KeyboardInterrupt:
         say("stopped; nothing was written")
         sys.exit(130)
+
+
+def _is_decoder(models: Iterable[Any]) -> bool:
+    return all(model.can_generate() and not model.config.is_encoder_decoder for model in models)
 
 
 def _dtype(name: str) -> torch.dtype | None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, set_seed
 
 from rankfold.allocation import allocate
-from rankfold.calibration import load_corpus, make_batches, random_windows, token_stream
+from rankfold.calibration import calibration_batches, load_corpus
 from rankfold.checkpoint import load_model, load_tokenizer, save
 from rankfold.compress import compress_blocks
 from rankfold.cost import versions
@@ -44,10 +44,8 @@ def run(output: Path, keep: float) -> None:
     model = load_model(source)
     sites = find_sites(model).select()
     corpus = load_corpus("bundled:calibration")
-    windows = random_windows(token_stream(tokenizer, corpus.texts), 128, 256)
-    batches = make_batches(model, windows)
-    calibration = {"corpus": corpus.name, "sha256": corpus.sha256, "sequences": 128, "tokens": windows.numel()}
-    plan = replace(allocate(sites, keep=keep, method="whitened"), calibration=calibration, versions=versions())
+    batches, facts = calibration_batches(model, tokenizer, corpus, sequences=128, length=256)
+    plan = replace(allocate(sites, keep=keep, method="whitened"), calibration=facts, versions=versions())
     say(f"2/5  Factorize its {len(sites)} linear layers, keeping {keep:.0%} of their parameters.")
     blocks = len({site.block for site in sites})
     with progress("     blocks x batches", (blocks + 1) * len(batches)) as advance:

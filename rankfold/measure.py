@@ -75,12 +75,11 @@ def measure_size(
     """Parameters, bytes in memory, and bytes on disk where the model lies in a local folder."""
     records = []
     for name, model in models.items():
-        rows: list[tuple[str, float | None, str]] = [
-            ("parameters", parameter_count(model), "1"),
-            ("memory", memory_bytes(model), "byte"),
-            ("disk", disk_bytes(folders[name]) if name in folders else None, "byte"),
-        ]
+        disk = disk_bytes(folders[name]) if name in folders else None
+        why = {} if disk is not None else {"unavailable": "the model does not lie in a local folder"}
+        rows = [("parameters", parameter_count(model), "1"), ("memory", memory_bytes(model), "byte")]
         records += [Record(subject=name, name=n, value=v, unit=u, context=dict(context)) for n, v, u in rows]
+        records.append(Record(subject=name, name="disk", value=disk, unit="byte", context={**context, **why}))
     return records
 
 

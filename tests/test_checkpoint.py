@@ -184,6 +184,12 @@ def test_nan_in_a_weight_names_the_site() -> None:
         compress(model, allocate(find_sites(model).select(), keep=0.6, method="svd"))
 
 
+def test_a_plan_of_another_model_is_an_error() -> None:
+    plan = allocate(find_sites(tiny.build("gpt2")).select(), keep=0.6, method="svd")
+    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn: LlamaForCausalLM has no such layer"):
+        compress(tiny.build("llama"), plan)
+
+
 def test_missing_statistics_name_the_site() -> None:
     model = tiny.build("llama")
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: The method 'lord' needs statistics"):

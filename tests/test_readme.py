@@ -56,3 +56,10 @@ def test_every_cited_equation_exists() -> None:
     for path in (ROOT / "rankfold").rglob("*.py"):
         for number in re.findall(r"mathematics\.md, eq\. (\d+)", path.read_text()):
             assert number in equations, f"{path.name} cites equation {number}"
+
+
+def test_the_numbers_are_those_of_the_results() -> None:
+    from readme_numbers import with_numbers
+
+    readme = (ROOT / "README.md").read_text()
+    assert with_numbers(readme) == readme

@@ -3,6 +3,7 @@
 from rankfold.calibration.corpora import (
     BUNDLED,
     Corpus,
+    calibration_batches,
     load_corpus,
     make_batches,
     random_windows,
@@ -21,6 +22,7 @@ __all__ = [
     "MomentAccumulator",
     "calibrate",
     "calibrate_blocks",
+    "calibration_batches",
     "load_corpus",
     "make_batches",
     "random_windows",

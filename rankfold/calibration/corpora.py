@@ -227,3 +227,17 @@ def make_batches(model: Any, windows: Int[Tensor, "windows length"], batch_size:
             batch["decoder_input_ids"] = batch["input_ids"]
         batches.append(batch)
     return batches
+
+
+def calibration_batches(
+    model: Any, tokenizer: Any, corpus: Corpus, *, sequences: int, length: int, seed: int = 0
+) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Batches of random windows of a corpus, and what a plan has to say of them.
+
+    Raises:
+        ValueError: If the corpus does not fill one window, or the tokenizer belongs to another model.
+    """
+    stream = token_stream(tokenizer, corpus.texts)
+    windows = random_windows(stream, sequences, length, seed, *special_tokens(tokenizer))
+    facts = {"corpus": corpus.name, "sha256": corpus.sha256, "sequences": sequences, "tokens": windows.numel()}
+    return make_batches(model, windows), facts

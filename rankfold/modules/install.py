@@ -85,7 +85,13 @@ def _exists(model: nn.Module, path: str) -> bool:
 
 
 def linear_at(model: nn.Module, path: str) -> Any:
-    """The linear module at a path; a slice of a 3-D parameter becomes a module of its own first."""
+    """The linear module at a path; a slice of a 3-D parameter becomes a module of its own first.
+
+    Raises:
+        ValueError: If the model has nothing at this path.
+    """
+    if not _exists(model, path):
+        raise ValueError(f"{path}: {type(model).__name__} has no such layer. Was the plan made for another model?")
     parent_path, _, name = path.rpartition(".")
     owner_path, _, stack_name = parent_path.rpartition(".")
     owner = model.get_submodule(owner_path)

@@ -1,121 +1,19 @@
-"""Which weights of a model may be factorized, which of them share an input, what is fused, what is left out and why."""
+"""How sites are found: a few tokens run through the model and show which layers are called, and on what."""
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.modules import FactorizedLinear, LinearStack, linear_shape
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the projections that are fused into one matrix: the same rows of every group of rows."""
-
-    name: str
-    offset: int
-    """First row within a group."""
-    size: int
-    """Rows within a group."""
-    period: int
-    """Rows of a group; all rows when the parts simply follow each other."""
-
-    def rows(self, out_features: int) -> list[int]:
-        """Row indices of the part in the fused matrix."""
-        starts = range(self.offset, out_features, self.period)
-        return [row for start in starts for row in range(start, start + self.size)]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One factorizable weight."""
-
-    name: str
-    """Module path, or path of a 3-D parameter and the index of a slice."""
-    out_features: int
-    in_features: int
-    bias: bool
-    bytes_per_parameter: int
-    block: str | None
-    """Path of the block that holds it; `None` outside the blocks (heads, poolers, input projections)."""
-    kind: str
-    """Path within the block, indices as `*`: the tensor kind that all blocks have in common."""
-    reads: str
-    """Name of the first site that reads the same input; its own name where nobody shares."""
-    parts: tuple[Part, ...] = ()
-    """What is fused into the matrix, where that is known."""
-
-    @property
-    def parameters(self) -> int:
-        """Numbers of the dense layer, its bias included."""
-        return self.out_features * self.in_features + self.out_features * self.bias
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A matrix of the model that is not a site."""
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Sites(Sequence[Site]):
-    """The sites of a model in the order in which it holds them, and what was left out."""
-
-    all: tuple[Site, ...]
-    skipped: tuple[Skipped, ...] = ()
-
-    def __len__(self) -> int:
-        """Number of sites."""
-        return len(self.all)
-
-    def __iter__(self) -> Iterator[Site]:
-        """Site after site."""
-        return iter(self.all)
-
-    def __getitem__(self, index: Any) -> Any:
-        """A site by position or by name."""
-        if isinstance(index, str):
-            return next(site for site in self.all if site.name == index)
-        return self.all[index]
-
-    def select(self, patterns: Sequence[str] = ()) -> Sites:
-        """The sites that match any pattern; without patterns those inside the blocks.
-
-        A pattern is a shell pattern for the whole name, the end of a name (`mlp.c_proj`), or a kind.
-
-        Raises:
-            ValueError: If a pattern matches nothing.
-        """
-        if not patterns:
-            outside = [Skipped(s.name, (s.out_features, s.in_features), _OUTSIDE) for s in self.all if not s.block]
-            return Sites(tuple(s for s in self.all if s.block), (*self.skipped, *outside))
-        for pattern in patterns:
-            if not any(_matches(site, pattern) for site in self.all):
-                kinds = sorted({site.kind for site in self.all})
-                raise ValueError(f"No site matches the pattern {pattern!r}. Kinds of sites in this model: {kinds}.")
-        chosen = [site for site in self.all if any(_matches(site, pattern) for pattern in patterns)]
-        names = {site.name for site in chosen}
-        rest = [
-            Skipped(s.name, (s.out_features, s.in_features), "not asked for") for s in self.all if s.name not in names
-        ]
-        return Sites(tuple(chosen), (*self.skipped, *rest))
-
+from rankfold.sites.fused import fused_parts
+from rankfold.sites.site import Site, Sites, Skipped
 
 _ROUTER = "a router: its few outputs choose the experts"
-_OUTSIDE = "outside the blocks: name it with a pattern to include it"
-
-
-def _matches(site: Site, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(site.name, pattern) or site.kind == pattern or site.name.endswith(f".{pattern}")
 
 
 def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
@@ -130,6 +28,9 @@ def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
 
     Returns:
         Sites in the order of the model's modules; the matrices that are none, each with the reason.
+
+    Raises:
+        ValueError: If a model on the meta device cannot be run there, as some cannot with transformers 4.
     """
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     blocks = _blocks(model, linears)
@@ -184,7 +85,7 @@ def _site(
 ) -> Site:
     block = next((path for path in blocks if name.startswith(f"{path}.")), None)
     kind = _star(name.removeprefix(f"{block}.") if block else name)
-    parts = _fused_parts(model.config, name, shape[0])
+    parts = fused_parts(model.config, name, shape[0])
     return Site(name, shape[0], shape[1], bias, bytes_per_parameter, block, kind, reads, parts)
 
 
@@ -243,6 +144,13 @@ def _trace(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str, Te
     try:
         with torch.no_grad():
             model(**inputs)
+    except RuntimeError as error:
+        if device.type != "meta":
+            raise
+        raise ValueError(
+            f"{type(model).__name__}: this version of transformers cannot run the model without weights ({error}). "
+            "Load the weights, or install transformers 5."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -323,50 +231,3 @@ def _reason_against_matrix(module: nn.Module, parameter: nn.Parameter) -> str:
     if "Router" in type(module).__name__:
         return _ROUTER
     return f"a parameter of {type(module).__name__}, not the weight of a linear layer"
-
-
-def _heads(config: Any) -> tuple[int, int, int]:
-    """Attention heads, key-value heads and head size, by whichever names the architecture has for them."""
-    heads = config.num_attention_heads
-    key_value = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
-    return heads, key_value, getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
-def _sequence(out_features: int, groups: int, *parts: tuple[str, int]) -> tuple[Part, ...]:
-    """Parts of the given sizes that follow each other in each of `groups` equal groups of rows."""
-    period, offset, result = out_features // groups, 0, []
-    for name, size in parts:
-        result.append(Part(name, offset, size, period))
-        offset += size
-    assert offset == period, f"the parts {parts} do not fill groups of {period} rows"
-    return tuple(result)
-
-
-def _fused_parts(config: Any, name: str, out_features: int) -> tuple[Part, ...]:
-    """What is fused into a matrix: no tensor tells, so this is the one table of architectures."""
-    architecture = str(getattr(config, "model_type", "")).removeprefix("rankfold-")
-    leaf = next(part for part in reversed(name.split(".")) if not part.isdigit())
-    if leaf == "gate_up_proj":
-        return _sequence(out_features, 1, ("gate", out_features // 2), ("up", out_features // 2))
-    if (architecture, leaf) not in _FUSED_ATTENTION:
-        return ()
-    heads, kv, size = _heads(config)
-    multi_query = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False)
-    if architecture == "codegen":
-        quarter = heads * size // 4
-        return _sequence(out_features, 4, ("q", quarter), ("v", quarter), ("k", quarter))
-    if multi_query or architecture in {"gpt2", "phi3"}:
-        kv = 1 if multi_query else kv
-        return _sequence(out_features, 1, ("q", heads * size), ("k", kv * size), ("v", kv * size))
-    return _sequence(out_features, kv, ("q", heads // kv * size), ("k", size), ("v", size))
-
-
-_FUSED_ATTENTION = {
-    ("gpt2", "c_attn"),
-    ("gpt_bigcode", "c_attn"),
-    ("codegen", "qkv_proj"),
-    ("phi3", "qkv_proj"),
-    ("gpt_neox", "query_key_value"),
-    ("bloom", "query_key_value"),
-    ("falcon", "query_key_value"),
-}

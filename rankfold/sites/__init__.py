@@ -1,0 +1,7 @@
+"""Which weights of a model may be factorized, which of them share an input, what is fused, what is left out and why."""
+
+from rankfold.sites.find import block_paths, find_sites
+from rankfold.sites.fused import fused_parts
+from rankfold.sites.site import Part, Site, Sites, Skipped
+
+__all__ = ["Part", "Site", "Sites", "Skipped", "block_paths", "find_sites", "fused_parts"]
