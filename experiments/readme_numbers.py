@@ -28,7 +28,13 @@ def quality_table(records: list[Record], subject: str) -> list[str]:
     def write(record: Record) -> str:
         assert record.value is not None
         assert record.error is not None
-        return f"{record.value:.1%}" if percent else f"{record.value:.3g} ± {record.error:.2g}"
+        if percent:
+            return f"{record.value:.1%} ± {record.error:.1%}"
+        return (
+            f"{record.value:.3g} ± {record.error:.2g}"
+            if record.value < 1000
+            else f"{record.value:,.0f} ± {record.error:.0f}"
+        )
 
     lines = [
         f"| {subject}: {dense.name}, dense {write(dense)} | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " |"
@@ -54,9 +60,9 @@ def numbers() -> str:
     for subject in dict.fromkeys(record.subject for record in records):
         lines += quality_table(records, subject)
     cost = {record.name: record.value for record in read("compress_cost") if record.subject == "naive / rankfold"}
-    less = f"{cost['time']:.1f} times less time and {cost['peak_memory']:.1f} times less memory"
-    lines.append(f"Compressing a Llama of 303 M parameters takes {less} than the same work done")
-    lines.append("naively (`python benchmarks/compress_cost.py`, medians of alternating runs, one thread).")
+    more = f"{cost['time']:.1f} times the time and {cost['peak_memory']:.1f} times the memory"
+    lines.append(f"Compressing a Llama of 303 M parameters: the same work done naively takes {more} of")
+    lines.append("`rankfold compress` (`python benchmarks/compress_cost.py`, medians of alternating runs, one thread).")
     return "\n".join(lines)
 
 
