@@ -36,7 +36,7 @@ $(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	touch $@
 
 test-oldest: $(OLDEST)/ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 tests/architectures tests/modules tests/test_checkpoint.py
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo-checkpoint

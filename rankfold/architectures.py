@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
-from rankfold.modules import Factorized, FactorizedLinear, LinearStack
+from rankfold.modules import Factorized, FactorizedLinear, LinearStack, restack
 from rankfold.plan import Plan
 
 PREFIX = "rankfold-"
@@ -185,17 +185,6 @@ def _add_zero_biases(model: nn.Module, pattern: nn.Module) -> None:
         if name.endswith(".bias") and name not in have:
             linear = model.get_submodule(name.removesuffix(".bias"))
             linear.bias = nn.Parameter(torch.zeros(linear.out_features).to(linear.weight))  # type: ignore[call-overload,arg-type]
-
-
-def restack(model: Any) -> None:
-    """Give stacks whose layers are all dense back their one parameter."""
-    for path, stack in list(model.named_modules()):
-        if isinstance(stack, LinearStack) and all(type(layer) is nn.Linear for layer in stack.children()):
-            owner_path, _, name = path.rpartition(".")
-            owner = model.get_submodule(owner_path)
-            stacked = torch.stack([parameter.detach() for parameter in stack.parameters()])
-            delattr(owner, name)
-            setattr(owner, name, nn.Parameter(stacked))
 
 
 def _to_conv1d(linear: nn.Linear, pattern: Any) -> nn.Module:

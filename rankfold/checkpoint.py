@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def load_model(
             not in the checkpoint.
     """
     _check_source(source)
+    _check_device(device)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         auto_class = auto_class_for(config)
@@ -62,15 +64,30 @@ def load_model(
 
 
 def auto_class_for(config: Any) -> Any:
-    """The Auto class whose model for this configuration is the one that the configuration names."""
+    """The Auto class whose model for this configuration is the one that the configuration names.
+
+    Raises:
+        ValueError: If the configuration names a model that none of them loads.
+    """
     wanted = (config.architectures or [None])[0]
-    known = [name for name in AUTO_CLASSES if type(config) in getattr(transformers, name)._model_mapping]
-    for name in known:
-        model_class = getattr(transformers, name)._model_mapping[type(config)]
-        if wanted in {cls.__name__ for cls in (model_class if isinstance(model_class, tuple) else (model_class,))}:
+    found = {}
+    for name in AUTO_CLASSES:
+        mapping = getattr(transformers, name)._model_mapping
+        if type(config) in mapping:
+            classes = mapping[type(config)]
+            found[name] = {cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))}
+    for name, classes in found.items():
+        if wanted in classes:
             return getattr(transformers, name)
-    fallback = "AutoModelForCausalLM" if "AutoModelForCausalLM" in known or not known else known[0]
-    return getattr(transformers, fallback)
+    if wanted is not None and found:
+        known = sorted(set().union(*found.values()))
+        raise ValueError(
+            f"The checkpoint holds a {wanted}, but of this architecture only {known} are supported. "
+            "Load it with transformers and save the part that you want to compress."
+        )
+    return getattr(
+        transformers, "AutoModelForCausalLM" if "AutoModelForCausalLM" in found or not found else "AutoModel"
+    )
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
@@ -84,6 +101,14 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     except (OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{source}: no tokenizer lies beside the model ({reason}). Copy its files there.") from error
+
+
+def tokenizer_if_any(source: str | Path) -> Any:
+    """The tokenizer beside a model, or `None`, for work that reads no text and only copies it."""
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")):
+        return None
+    return load_tokenizer(source)
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -110,6 +135,12 @@ def save(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = Fa
     return target
 
 
+def is_factorized(folder: str | Path) -> bool:
+    """Whether a folder holds a checkpoint of ours."""
+    config = Path(folder) / "config.json"
+    return config.is_file() and str(json.loads(config.read_text()).get("model_type", "")).startswith(PREFIX)
+
+
 def export_dense(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Multiply all factors out and write an ordinary checkpoint that needs no rankfold; the model becomes dense.
 
@@ -122,6 +153,11 @@ def export_dense(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: b
         )
     release(model)
     return save(model, tokenizer, folder, overwrite=overwrite)
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"The device {device} was asked for, but torch {torch.__version__} sees no CUDA device here.")
 
 
 def _check_source(source: str | Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +18,12 @@ import typer
 
 from rankfold import demo as demonstration
 from rankfold.allocation import ALLOCATIONS, allocate
-from rankfold.calibration import calibration_batches, load_corpus
-from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
+from rankfold.calibration import calibration_batches, check_length, load_corpus, max_length
+from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save, tokenizer_if_any
 from rankfold.compress import compress as compress_at_once
 from rankfold.compress import compress_blocks
-from rankfold.cost import parameter_count, versions
-from rankfold.factorization import METHODS
+from rankfold.cost import parameter_count
+from rankfold.factorization import METHODS, Method
 from rankfold.inspection import inspect_sites
 from rankfold.measure import (
     circumstances,
@@ -36,9 +36,10 @@ from rankfold.measure import (
 )
 from rankfold.plan import DENSE, Plan
 from rankfold.record import Record
-from rankfold.report.figures import draw_spectra
+from rankfold.report.figures import check_figure, draw_spectra
+from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
-from rankfold.terminal import console, print_table, progress, say, write_records
+from rankfold.terminal import check_records, console, print_table, progress, say, write_records
 
 app = typer.Typer(
     help="Make a language model smaller and faster by low-rank decomposition, and see what that costs.",
@@ -49,8 +50,11 @@ app = typer.Typer(
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+DECODED_TOKENS = 8
+"""Tokens decoded in every round of the latency."""
+
 Model = Annotated[str, typer.Argument(help="Model folder, or name on the Hugging Face hub.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Records = Annotated[Path | None, typer.Option("--output", help="File for the records (default: stdout).")]
@@ -73,6 +77,9 @@ def inspect(
     output: Records = None,
 ) -> None:
     """List what can be factorized: shape, break-even rank, spectrum; and what cannot, with the reason."""
+    if plot:
+        check_figure(plot)
+    check_records(output)
     loaded = load_model(model, dtype=_dtype(dtype), device=device)
     chosen = find_sites(loaded).select(sites or ())
     with progress("spectra", len(chosen)) as advance:
@@ -102,7 +109,9 @@ def inspect(
 def compress(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Folder of the compressed model; written whole or not at all.")],
-    keep: Annotated[float | None, typer.Option(help="Fraction of the sites' parameters to keep, in (0, 1].")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Fraction of the sites' parameters to keep, in (0, 1] (default: 0.8).")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="An explicit rank for all sites, instead of --keep.")] = None,
     method: Annotated[str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.")] = "whitened",
     allocation: Annotated[str, typer.Option(help=f"How to choose ranks: {', '.join(ALLOCATIONS)}.")] = "uniform",
@@ -110,9 +119,9 @@ def compress(
     calibration: Annotated[
         str, typer.Option(help="Text to calibrate on: a text or JSONL file, or a data set name.")
     ] = "bundled:calibration",
-    sequences: Annotated[int, typer.Option(help="Sequences of the calibration text.")] = 128,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of the calibration text.")] = 128,
     length: Annotated[
-        int | None, typer.Option(help="Tokens a sequence (default: 512, or what the model reads).")
+        int | None, typer.Option(min=2, help="Tokens a sequence (default: 512, or what the model reads).")
     ] = None,
     multiple: Annotated[int, typer.Option(help="Lower ranks to a multiple of this, for fast kernels.")] = 1,
     overwrite: Overwrite = False,
@@ -122,15 +131,17 @@ def compress(
 ) -> None:
     """Factorize a model and save a checkpoint that loads in transformers."""
     start = time.perf_counter()
-    _check_output(output, overwrite)
-    loaded, tokenizer = load_model(model, dtype=_dtype(dtype), device=device), load_tokenizer(model)
+    check_target(output, overwrite)
+    needs_text = _method(method).needs_data
+    loaded = load_model(model, dtype=_dtype(dtype), device=device)
+    tokenizer = load_tokenizer(model) if needs_text else tokenizer_if_any(model)
     chosen = find_sites(loaded).select(sites or ())
     before = parameter_count(loaded)
     budget: dict[str, Any] = {"keep": keep if keep is not None or rank is not None else 0.8, "rank": rank}
     settings: dict[str, Any] = {"method": method, "allocation": allocation, "multiple": multiple, "seed": seed}
-    plan = replace(allocate(chosen, **budget, **settings), versions=versions())
+    plan = allocate(chosen, **budget, **settings)
     _check_space(output, loaded, plan, chosen)
-    if METHODS[method].needs_data:
+    if needs_text:
         corpus = load_corpus(calibration)
         length = length or default_length(loaded.config)
         batches, facts = calibration_batches(loaded, tokenizer, corpus, sequences=sequences, length=length, seed=seed)
@@ -154,11 +165,13 @@ def measure(
     dense: Annotated[str | None, typer.Option(help="The dense model, measured beside it.")] = None,
     text: Annotated[str, typer.Option(help="Evaluation text: a text or JSONL file, or a data set name.")] = "",
     labels: Annotated[Path | None, typer.Option(help="JSONL with sentence and label, for a classifier.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a window (default: 512, or what the model reads).")] = None,
-    windows: Annotated[int, typer.Option(help="Windows to score at most.")] = 256,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a window (default: 512, or what the model reads).")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to score at most.")] = 256,
     latency: Annotated[bool, typer.Option(help="Time prefill and decoding, models interleaved.")] = True,
-    prompt: Annotated[int, typer.Option(help="Tokens of the timed prompt.")] = 128,
-    batch: Annotated[int, typer.Option(help="Prompts timed at once.")] = 1,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the timed prompt.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts timed at once.")] = 1,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     output: Records = None,
@@ -166,14 +179,18 @@ def measure(
     """Measure quality, size and speed, beside the dense model where it is given."""
     names = {"dense": dense, "compressed": model} if dense else {"model": model}
     folders = {name: source for name, source in names.items() if Path(str(source)).is_dir()}
+    check_records(output)
     models = {name: load_model(str(source), dtype=_dtype(dtype), device=device) for name, source in names.items()}
+    _check_comparable(models)
     tokenizer = load_tokenizer(model)
     records = measure_size(models, folders, circumstances())
     if labels is not None:
         records += measure_accuracy(models, tokenizer, labels, circumstances(data=labels.name))
     elif _is_decoder(models.values()):
         corpus = load_corpus(text or "bundled:english-held-out")
-        length = length or default_length(next(iter(models.values())).config)
+        length = length or default_length(models[next(iter(models))].config)
+        for measured in models.values():
+            check_length(measured, length)
         tokens = evaluation_windows(tokenizer, corpus, length, windows)
         context = circumstances(data=corpus.name, sha256=corpus.sha256)
         with progress("windows", len(models) * -(-len(tokens) // 8)) as advance:
@@ -181,8 +198,11 @@ def measure(
     else:
         say("Quality not measured: perplexity is for decoders; give a classifier labelled rows with --labels.")
     if latency:
+        for measured in models.values():
+            check_length(measured, prompt + DECODED_TOKENS)
         with progress("latency rounds", 16) as advance:
-            records += measure_latency(models, circumstances(), advance, prompt_tokens=prompt, batch_size=batch)
+            settings = {"prompt_tokens": prompt, "decoded_tokens": DECODED_TOKENS, "batch_size": batch}
+            records += measure_latency(models, circumstances(), advance, **settings)
     header = ["", *names, "ratio"] if dense else ["", *names, ""]
     print_table(str(model), header, table(records, names))
     if any(record.context.get("contended") for record in records):
@@ -201,9 +221,8 @@ def export(
     """Write a compressed model in another form; --dense gives a checkpoint that anything loads."""
     if not dense:
         raise ValueError("export knows one form so far: pass --dense to multiply the factors out.")
-    _check_output(output, overwrite)
-    tokenizer = load_tokenizer(model)
-    export_dense(load_model(model, dtype=_dtype(dtype)), tokenizer, output, overwrite=overwrite)
+    check_target(output, overwrite)
+    export_dense(load_model(model, dtype=_dtype(dtype)), tokenizer_if_any(model), output, overwrite=overwrite)
     say(f"Dense checkpoint: {output}")
 
 
@@ -218,8 +237,7 @@ def demo(
 
 def default_length(config: Any) -> int:
     """Tokens of a window: 512, or fewer where the model reads fewer."""
-    reads = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 512
-    return min(512, int(reads))
+    return min(512, max_length(config) or 512)
 
 
 def main() -> None:
@@ -237,6 +255,12 @@ def main() -> None:
         sys.exit(130)
 
 
+def _check_comparable(models: Mapping[str, Any]) -> None:
+    sizes = {name: model.config.vocab_size for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"Models are compared token by token and must share a vocabulary, but have {sizes} tokens.")
+
+
 def _is_decoder(models: Iterable[Any]) -> bool:
     return all(model.can_generate() and not model.config.is_encoder_decoder for model in models)
 
@@ -247,10 +271,10 @@ def _dtype(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Say before the work, not after it, that the output cannot be written."""
-    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not overwrite):
-        raise ValueError(f"{output}: the output exists. Choose another folder, or pass --overwrite.")
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise ValueError(f"--method must be one of {', '.join(METHODS)}, but got {name!r}.")
+    return METHODS[name]
 
 
 def _check_space(output: Path, model: Any, plan: Plan, sites: Sites) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.architectures import adopt, restack
+from rankfold.architectures import adopt
 from rankfold.calibration import calibrate_blocks
 from rankfold.factorization import METHODS, Factors, SiteMoments
-from rankfold.modules import FactorizedLinear, LowRankLinear, TuckerLinear, linear_at, use_eager_experts
+from rankfold.modules import FactorizedLinear, LowRankLinear, TuckerLinear, linear_at, restack, use_eager_experts
 from rankfold.plan import DENSE, Option, Plan
+from rankfold.record import versions
 from rankfold.sites import Site
 
 
@@ -160,6 +161,12 @@ def _finish(model: Any, plan: Plan) -> Plan:
     """Leave a model of our class behind, whose plan also holds what was compressed earlier."""
     restack(model)
     use_eager_experts(model)
-    earlier = Plan.from_dict(stored).factorized if (stored := getattr(model.config, "rankfold", None)) else ()
-    adopt(model, replace(plan, options=(*earlier, *plan.options)))
+    plan = replace(plan, versions=plan.versions or versions())
+    stored = getattr(model.config, "rankfold", None)
+    if stored:
+        earlier = Plan.from_dict(stored)
+        calibration = {**plan.calibration, "earlier": dict(earlier.calibration)}
+        adopt(model, replace(plan, options=(*earlier.factorized, *plan.options), calibration=calibration))
+    else:
+        adopt(model, plan)
     return plan

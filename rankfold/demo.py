@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from rankfold.allocation import allocate
 from rankfold.calibration import calibration_batches, load_corpus
-from rankfold.checkpoint import load_model, load_tokenizer, save
+from rankfold.checkpoint import is_factorized, load_model, load_tokenizer, save
 from rankfold.compress import compress_blocks
-from rankfold.cost import versions
 from rankfold.measure import circumstances, evaluation_windows, measure_latency, measure_quality, measure_size, table
+from rankfold.shards import check_target
 from rankfold.sites import find_sites
 from rankfold.terminal import print_table, progress, say
 
@@ -39,19 +39,21 @@ def bundled_model() -> Path:
 def run(output: Path, keep: float) -> None:
     """Compress the bundled model and show what that gained and cost."""
     source = bundled_model()
+    overwrite = is_factorized(output)
+    check_target(output, overwrite)
     say(f"1/5  Load {MODEL}: a small Llama, trained on Python source.")
     dense, tokenizer = load_model(source), load_tokenizer(source)
     model = load_model(source)
     sites = find_sites(model).select()
     corpus = load_corpus("bundled:calibration")
     batches, facts = calibration_batches(model, tokenizer, corpus, sequences=128, length=256)
-    plan = replace(allocate(sites, keep=keep, method="whitened"), calibration=facts, versions=versions())
+    plan = replace(allocate(sites, keep=keep, method="whitened"), calibration=facts)
     say(f"2/5  Factorize its {len(sites)} linear layers, keeping {keep:.0%} of their parameters.")
     blocks = len({site.block for site in sites})
     with progress("     blocks x batches", (blocks + 1) * len(batches)) as advance:
         compress_blocks(model, plan, sites, batches, on_batch=advance)
     say("3/5  Save a checkpoint and load it with AutoModelForCausalLM.from_pretrained.")
-    save(model, tokenizer, output, overwrite=True)
+    save(model, tokenizer, output, overwrite=overwrite)
     loaded: Any = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     say("4/5  Measure both side by side on Python projects that neither training nor calibration saw.")
     models = {"dense": dense, "compressed": loaded}

@@ -10,6 +10,7 @@ import torch
 
 from rankfold.allocation import break_even_rank
 from rankfold.cost import parameter_count
+from rankfold.factorization.factors import check_finite
 from rankfold.modules import linear_at
 from rankfold.record import Record
 from rankfold.sites import Site
@@ -36,7 +37,8 @@ class Inspection:
     def energy(self, rank: int) -> float | None:
         """Share of the squared Frobenius norm within the first `rank` singular values."""
         squares = [value**2 for value in self.spectrum]
-        return sum(squares[:rank]) / total if (total := sum(squares)) else None
+        total = sum(squares)
+        return sum(squares[:rank]) / total if total else None
 
     def record(self) -> Record:
         """The inspection as a record."""
@@ -58,12 +60,20 @@ class Inspection:
 
 @torch.no_grad()
 def inspect_sites(model: Any, sites: Sequence[Site], on_site: Callable[[], None] = lambda: None) -> list[Inspection]:
-    """Look at every site; spectra come from the float64 eigenvalues of the smaller Gram matrix."""
+    """Look at every site; spectra come from the float64 eigenvalues of the smaller Gram matrix.
+
+    Raises:
+        ValueError: If a weight is not finite.
+    """
     total = parameter_count(model)
     result = []
     for site in sites:
         weight = linear_at(model, site.name).weight.detach()
-        spectrum = () if weight.is_meta else _spectrum(weight)
+        try:
+            spectrum = () if weight.is_meta else _spectrum(weight)
+        except ValueError as error:
+            error.args = (f"{site.name}: {error}",)
+            raise
         share = site.parameters / total
         result.append(Inspection(site, break_even_rank("low_rank", site, site.bias), share, spectrum))
         on_site()
@@ -71,6 +81,7 @@ def inspect_sites(model: Any, sites: Sequence[Site], on_site: Callable[[], None]
 
 
 def _spectrum(weight: torch.Tensor) -> tuple[float, ...]:
+    check_finite(weight)
     W = weight.double()
     gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
     return tuple(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0).tolist())

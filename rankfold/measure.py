@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from rankfold.calibration import Corpus, special_tokens, split_windows, token_stream
-from rankfold.cost import disk_bytes, hardware, interleaved_latency, memory_bytes, parameter_count, versions
+from rankfold.cost import disk_bytes, hardware, interleaved_latency, memory_bytes, parameter_count
 from rankfold.quality import classification_accuracy, load_labelled, next_token_quality
-from rankfold.record import Record, value_of
+from rankfold.record import Record, value_of, versions
 
 
 def evaluation_windows(tokenizer: Any, corpus: Corpus, length: int, limit: int | None = None) -> Tensor:

@@ -21,6 +21,8 @@ class Option:
     """Module paths of the weights; several for a joint form or the slices of a stack of experts."""
     form: str = DENSE
     """`dense`, or the form that takes the weights' place: a key of `rankfold.modules.FORMS`."""
+    method: str = ""
+    """The factorization that fills it; empty when dense."""
     ranks: tuple[int, ...] = ()
     """One rank, or one per mode of the form (`tucker`: output mode, input mode); empty when dense."""
     bias: bool = False

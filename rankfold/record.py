@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 
@@ -31,7 +33,7 @@ class Record:
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps(asdict(self), allow_nan=False)
 
     @classmethod
     def from_json(cls, line: str) -> Record:
@@ -42,3 +44,9 @@ class Record:
 def value_of(records: Iterable[Record], subject: str, name: str) -> float | int | None:
     """The value of the first record with this subject and name, or `None`."""
     return next((record.value for record in records if (record.subject, record.name) == (subject, name)), None)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on."""
+    packages = {name: version(name) for name in ("rankfold", "torch", "transformers")}
+    return {"python": platform.python_version(), **packages}

@@ -80,12 +80,10 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Whatever goes wrong, nothing half-written stands at `target`; left-overs of killed runs are removed.
 
     Raises:
-        ValueError: If `target` exists and `overwrite` is not set, or is a file.
+        ValueError: If `target` is a file, or holds something and may not be overwritten.
     """
-    if target.is_file():
-        raise ValueError(f"{target}: the output must be a folder, but a file of this name exists. Choose another name.")
-    if target.exists() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"{target}: the output folder exists and is not empty. Choose another, or pass --overwrite.")
+    target = target.resolve()
+    check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}-", dir=target.parent))
@@ -93,16 +91,44 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         _sync(partial)
         partial.chmod(0o777 & ~_umask())
-        if target.exists():
-            retired = partial.with_name(f"{partial.name}.old")
-            target.rename(retired)
-            partial.rename(target)
-            shutil.rmtree(retired)
-        else:
-            partial.rename(target)
+        _take_the_name(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Whether a model folder may be written here, to be asked before the work that it takes.
+
+    Raises:
+        ValueError: If `target` is a file, or a folder that holds something and may not be overwritten; a folder
+            that is no model folder may never be.
+    """
+    if target.is_file():
+        raise ValueError(f"{target}: the output must be a folder, but a file of this name exists. Choose another name.")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{target}: the output folder exists and is not empty. Choose another, or pass --overwrite.")
+    if not (target / "config.json").exists():
+        raise ValueError(
+            f"{target}: only a model folder is overwritten, and this one has no config.json. Choose another."
+        )
+
+
+def _take_the_name(partial: Path, target: Path) -> None:
+    """Rename, keeping what stood at the target until the new folder is there."""
+    if not target.exists():
+        partial.rename(target)
+        return
+    retired = partial.with_name(f"{partial.name}.old")
+    target.rename(retired)
+    try:
+        partial.rename(target)
+    except OSError:
+        retired.rename(target)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -47,6 +47,16 @@ def say(text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def check_records(output: Path | None) -> None:
+    """Whether records can be written here, to be asked before they are measured.
+
+    Raises:
+        ValueError: If the path is a folder.
+    """
+    if output is not None and output.is_dir():
+        raise ValueError(f"{output}: records go to a file, but this is a folder. Name a file, such as records.jsonl.")
+
+
 def write_records(records: Iterable[Record], output: Path | None) -> None:
     """Records as JSON lines, to a file or to stdout."""
     lines = "".join(record.to_json() + "\n" for record in records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankfold import allocate, compress, find_sites
+from rankfold import Plan, allocate, compress, compress_blocks, find_sites
 from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
 from rankfold.modules import LowRankLinear
 from rankfold.plan import PLAN_VERSION
@@ -119,6 +120,33 @@ def test_a_compressed_model_can_be_compressed_again(tmp_path: Path) -> None:
     save(model, None, tmp_path / "out")
     assert {option.form for option in plan.options} == {"tucker"}
     assert torch.equal(logits(load_model(tmp_path / "out")), logits(model))
+
+
+def test_the_plan_remembers_every_compression() -> None:
+    model = tiny.build("llama")
+    first = find_sites(model).select(["mlp.down_proj"])
+    plan = replace(allocate(first, keep=0.6), calibration={"corpus": "x", "tokens": 96})
+    compress_blocks(model, plan, first, [tiny.inputs(model, batch=8)])
+    compress(model, allocate(find_sites(model).select(["mlp.up_proj"]), keep=0.6, method="svd"))
+    stored = Plan.from_dict(model.config.rankfold)
+    assert [option.method for option in stored.options] == ["whitened", "whitened", "svd", "svd"]
+    assert stored.calibration == {"earlier": {"corpus": "x", "tokens": 96}}
+    assert set(stored.versions) == {"python", "rankfold", "torch", "transformers"}
+
+
+def test_an_unknown_head_is_an_error_and_not_another_model(tmp_path: Path) -> None:
+    from transformers import BertForPreTraining
+
+    BertForPreTraining(tiny.build("bert_masked").config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a BertForPreTraining, but .*'BertForMaskedLM'.* are supported"):
+        load_model(tmp_path)
+
+
+def test_a_device_that_is_not_there_is_an_error(folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="cuda:0 was asked for, but torch .* sees no CUDA device"):
+        load_model(folder, device="cuda:0")
 
 
 def test_exporting_a_dense_model_is_an_error(tmp_path: Path) -> None:

@@ -125,8 +125,19 @@ def test_inspect_prints_and_draws(tmp_path: Path) -> None:
         (["compress", MODEL, "OUT", "--calibration", "nowhere.txt"], "no such file"),
         (["compress", MODEL, "OUT", "--calibration", "EMPTY"], "must hold text, but this one is empty"),
         (["compress", MODEL, "OUT", "--calibration", "SHORT"], "at least one window of 256 tokens"),
-        (["compress", MODEL, "FULL"], "the output exists"),
+        (["compress", MODEL, "FULL"], "exists and is not empty"),
         (["compress", MODEL, "OUT", "--dtype", "int3"], "--dtype must be one of"),
+        (["compress", MODEL, "OUT", "--length", "257"], "reads at most 256 tokens at once, but got a length of 257"),
+        (["compress", MODEL, "OUT", "--sequences", "0"], "is not in the range x>=1"),
+        (["compress", MODEL, "OUT", "--method", "magic"], "--method must be one of svd"),
+        (["compress", MODEL, "FULL", "--overwrite"], "only a model folder is overwritten"),
+        (["demo", "FULL"], "exists and is not empty"),
+        (["measure", MODEL, "--windows", "0"], "is not in the range x>=1"),
+        (["measure", MODEL, "--windows", "1", "--prompt", "250"], "reads at most 256 tokens"),
+        (["measure", MODEL, "--output", "FULL"], "records go to a file, but this is a folder"),
+        (["measure", MODEL, "--labels", "BROKEN"], "line 1: each line must be one JSON object"),
+        (["inspect", MODEL, "--plot", "OUT/x.png"], "does not exist. Make it first"),
+        (["inspect", MODEL, "--plot", "x.jpg"], "must be named .png, .svg or .pdf"),
         (["measure", MODEL, "--text", "EMPTY"], "must hold text"),
         (["export", MODEL, "OUT", "--dense"], "is an ordinary model already"),
         (["export", MODEL, "OUT"], "pass --dense"),
@@ -139,6 +150,8 @@ def test_bad_input_is_one_message_and_exit_code_two(arguments: list[str], messag
         "EMPTY": tmp_path / "e.txt",
         "SHORT": tmp_path / "s.txt",
     }
+    places |= {"BROKEN": tmp_path / "b.jsonl", "OUT/x.png": tmp_path / "out" / "x.png"}
+    places["BROKEN"].write_text("{")
     places["FULL"].mkdir()
     (places["FULL"] / "precious").write_text("x")
     places["EMPTY"].write_text("")
@@ -147,7 +160,30 @@ def test_bad_input_is_one_message_and_exit_code_two(arguments: list[str], messag
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["e.txt", "full", "s.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.jsonl", "e.txt", "full", "s.txt"]
+
+
+def test_a_model_without_a_tokenizer_is_compressed_without_data_and_exported(tmp_path: Path) -> None:
+    source = tmp_path / "bare"
+    load_model(MODEL).save_pretrained(source)
+    run("compress", str(source), str(tmp_path / "out"), "--method", "svd", "--sites", "mlp.down_proj")
+    run("export", str(tmp_path / "out"), str(tmp_path / "dense"), "--dense")
+    assert type(load_model(tmp_path / "dense")).__name__ == "LlamaForCausalLM"
+    refused = run("compress", str(source), str(tmp_path / "other"), code=2)
+    assert "no tokenizer lies beside the model" in refused.stderr
+
+
+def test_a_zero_matrix_is_drawn_and_a_nan_named(tmp_path: Path) -> None:
+    model = load_model(MODEL)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "zero")
+    run("inspect", str(tmp_path / "zero"), "--sites", "mlp.down_proj", "--plot", str(tmp_path / "x.svg"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    done = run("inspect", str(tmp_path / "nan"), code=2)
+    assert "model.layers.1.mlp.up_proj: Weights must be finite, but 1 of" in done.stderr
 
 
 def test_a_kill_half_way_leaves_nothing_at_the_target(tmp_path: Path) -> None:

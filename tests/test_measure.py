@@ -39,6 +39,12 @@ def test_the_loss_is_the_mean_over_all_scored_tokens() -> None:
     assert quality.perplexity == pytest.approx(math.exp(quality.loss))
 
 
+def test_one_window_has_no_standard_error() -> None:
+    quality = next_token_quality(tiny.build("llama"), windows()[:1])
+    assert quality.loss_error is None
+    assert quality.perplexity_error is None
+
+
 def test_a_model_is_no_distance_from_itself_and_some_from_another() -> None:
     model, other = tiny.build("llama"), tiny.build("llama", seed=1)
     same = next_token_quality(model, windows(), dense=model)
@@ -84,7 +90,7 @@ def test_latency_of_every_kind_of_model(name: str) -> None:
     for latency in result.values():
         assert len(latency.prefill) == 4
         assert latency.prefill_seconds > 0
-        assert (latency.decode_seconds is not None) == (name in {"llama"})
+        assert (latency.decode_seconds is not None) == (name in {"llama", "mamba"})
 
 
 def test_records_make_a_table_with_ratios() -> None:

@@ -78,6 +78,9 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_when_whole(tmp_
     (target / "old").write_text("x")
     with pytest.raises(ValueError, match="exists and is not empty.*--overwrite"), whole_folder(target):
         pass
+    with pytest.raises(ValueError, match="only a model folder is overwritten"), whole_folder(target, overwrite=True):
+        pass
+    (target / "config.json").write_text("{}")
     with pytest.raises(RuntimeError), whole_folder(target, overwrite=True):
         raise RuntimeError
     assert (target / "old").exists()
@@ -85,6 +88,17 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_when_whole(tmp_
         (partial / "new").write_text("y")
     assert [path.name for path in target.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to("real")
+    with whole_folder(tmp_path / "link", overwrite=True) as partial:
+        (partial / "new").write_text("y")
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
 def test_a_file_of_that_name_is_an_error(tmp_path: Path) -> None:
@@ -126,6 +140,7 @@ def test_a_folder_retired_by_a_killed_run_comes_back(tmp_path: Path) -> None:
     retired = tmp_path / f".out.partial-{dead.pid}-x.old"
     retired.mkdir()
     (retired / "file").write_text("the only copy")
+    (retired / "config.json").write_text("{}")
     with pytest.raises(RuntimeError), whole_folder(tmp_path / "out", overwrite=True):
         raise RuntimeError
     assert (tmp_path / "out" / "file").read_text() == "the only copy"

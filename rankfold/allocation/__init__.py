@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rankfold.allocation.parity import parity
 from rankfold.allocation.ranks import break_even_rank, rank_within
 from rankfold.allocation.uniform import uniform
 from rankfold.factorization import METHODS
-from rankfold.plan import Option, Plan
+from rankfold.plan import DENSE, Option, Plan
 from rankfold.sites import Site
 
 ALLOCATIONS: dict[str, Callable[..., tuple[Option, ...]]] = {"uniform": uniform, "parity": parity}
@@ -56,7 +57,7 @@ def allocate(
         sites, chosen.form, keep=keep, rank=rank, multiple=multiple, adds_bias=chosen.adds_bias
     )
     return Plan(
-        options=options,
+        options=tuple(option if option.form == DENSE else replace(option, method=method) for option in options),
         method=method,
         allocation=allocation,
         keep=keep,

@@ -88,6 +88,8 @@ def _file_texts(path: Path) -> Iterator[str]:
                 yield from _json_texts(path, file)
             else:
                 yield file.read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path}: the file cannot be read ({error}). Copy or compress it again.") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: a corpus must be UTF-8 text, but byte {error.start} is not. Convert it first."
@@ -109,11 +111,14 @@ def _row_text(row: Any, place: str) -> str:
     """The text of a row: a string, or an object with `text`, `content` or chat `messages`."""
     if isinstance(row, str):
         return row
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: a row must be a text or an object, but is {row!r}.")
     for key in ("text", "content", "sentence"):
         if isinstance(row.get(key), str):
             return cast(str, row[key])
-    if isinstance(row.get("messages"), list):
-        return "\n\n".join(str(message.get("content", "")) for message in row["messages"])
+    messages = row.get("messages")
+    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
+        return "\n\n".join(str(message.get("content", "")) for message in messages)
     raise ValueError(f"{place}: a row must have `text`, `content`, `sentence` or `messages`, but has {sorted(row)}.")
 
 
@@ -134,28 +139,29 @@ def _dataset_texts(name: str) -> Iterator[str]:
         yield _row_text(row, f"{name}, row {number}")
 
 
-def token_stream(tokenizer: Any, texts: Sequence[str]) -> Int[Tensor, " tokens"]:
-    """All texts as one stream; each text begins with the tokenizer's begin token, or ends with its end token."""
-    begin, end = special_tokens(tokenizer)
+def token_stream(tokenizer: Any, texts: Sequence[str], limit: int | None = None) -> Int[Tensor, " tokens"]:
+    """All texts as one stream, or as many as give `limit` tokens, each followed by the tokenizer's end-of-text token.
+
+    The tokens with which a tokenizer frames a text frame windows, not texts: see `special_tokens`.
+    """
+    _, end = special_tokens(tokenizer)
+    separator = tokenizer.eos_token_id if end is None else None
     pieces: list[int] = []
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if begin is not None and end is None:
-            pieces.append(begin)
-        pieces.extend(ids)
-        if begin is None and tokenizer.eos_token_id is not None:
-            pieces.append(tokenizer.eos_token_id)
+        pieces.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if separator is not None:
+            pieces.append(separator)
+        if limit is not None and len(pieces) >= limit:
+            break
     return torch.tensor(pieces, dtype=torch.long)
 
 
 def special_tokens(tokenizer: Any) -> tuple[int | None, int | None]:
-    """What the tokenizer puts before and after a text by itself: (BOS or CLS, SEP), each `None` where it does not."""
+    """What the tokenizer puts before and after a text by itself, each `None` where it puts nothing."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    if full == plain:
-        return None, None
     begin = full[0] if full[: len(plain)] != plain else None
-    end = full[-1] if full[-len(plain) :] != plain and full[-1] != tokenizer.eos_token_id else None
+    end = full[-1] if full[-len(plain) :] != plain else None
     return begin, end
 
 
@@ -192,7 +198,9 @@ def random_windows(
 
 def _inner_length(stream: Tensor, length: int, begin: int | None, end: int | None) -> int:
     inner = length - (begin is not None) - (end is not None)
-    if len(stream) < inner or inner < 1:
+    if inner < 1:
+        raise ValueError(f"A window must hold a token between its special ones, but is only {length} long (--length).")
+    if len(stream) < inner:
         raise ValueError(
             f"A corpus must fill at least one window of {length} tokens, but holds {len(stream)}. "
             "Take more text, or shorter windows (--length)."
@@ -204,6 +212,26 @@ def _frame(windows: Tensor, begin: int | None, end: int | None) -> Tensor:
     columns = [windows.new_full((len(windows), 1), token) if token is not None else None for token in (begin, end)]
     parts = [columns[0], windows, columns[1]]
     return torch.cat([part for part in parts if part is not None], dim=1)
+
+
+def check_length(model: Any, length: int) -> None:
+    """Whether the model reads sequences of this length.
+
+    Raises:
+        ValueError: If its positions end before.
+    """
+    reads = max_length(model.config)
+    if reads is not None and length > reads:
+        raise ValueError(f"{type(model).__name__} reads at most {reads} tokens at once, but got a length of {length}.")
+
+
+def max_length(config: Any) -> int | None:
+    """Tokens that a model reads at once; `None` where its configuration sets no limit."""
+    names = ("max_position_embeddings", "n_positions")
+    limit = next((int(value) for name in names if (value := getattr(config, name, None))), None)
+    # RoBERTa counts its positions from the padding token on.
+    offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
+    return None if limit is None else limit - offset
 
 
 def make_batches(model: Any, windows: Int[Tensor, "windows length"], batch_size: int = 8) -> list[dict[str, Tensor]]:
@@ -235,9 +263,13 @@ def calibration_batches(
     """Batches of random windows of a corpus, and what a plan has to say of them.
 
     Raises:
-        ValueError: If the corpus does not fill one window, or the tokenizer belongs to another model.
+        ValueError: If the corpus does not fill one window, the windows are longer than the model reads, or the
+            tokenizer belongs to another model.
     """
-    stream = token_stream(tokenizer, corpus.texts)
+    check_length(model, length)
+    shuffled = torch.randperm(len(corpus.texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    # A large corpus is not tokenized whole: its texts in random order, eight times what is needed.
+    stream = token_stream(tokenizer, [corpus.texts[i] for i in shuffled], limit=8 * sequences * length)
     windows = random_windows(stream, sequences, length, seed, *special_tokens(tokenizer))
     facts = {"corpus": corpus.name, "sha256": corpus.sha256, "sequences": sequences, "tokens": windows.numel()}
     return make_batches(model, windows), facts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rankfold.calibration.walk import BlockStep, walk_blocks
 from rankfold.factorization import Moments, SiteMoments
-from rankfold.modules import linear_at, use_eager_experts
+from rankfold.modules import linear_at, restack, use_eager_experts
 from rankfold.sites import Site
 
 _CHUNK = 1024
@@ -57,7 +57,7 @@ class BlockMoments(NamedTuple):
     """What was measured of the sites of one block."""
 
     step: BlockStep | None
-    """The block, through which the batches have passed; `None` for the sites outside the blocks."""
+    """The block, through which the batches have passed; `None` for sites outside of those that were walked."""
     moments: dict[str, SiteMoments]
 
 
@@ -72,7 +72,7 @@ def calibrate(
     For models whose moments fit into memory together; `calibrate_blocks` gives them block by block.
 
     Args:
-        model: The model, whose stacked experts are taken apart into layers (`rankfold.modules.LinearStack`).
+        model: The model, which is left as it was.
         sites: Sites to measure.
         batches: Keyword arguments of the model's forward call, without padding.
         on_batch: Called after each batch has passed a block.
@@ -83,9 +83,13 @@ def calibrate(
     Raises:
         ValueError: If there is no batch or a value is not finite.
     """
+    implementation = getattr(model.config, "_experts_implementation", None)
     statistics: dict[str, SiteMoments] = {}
     for block in calibrate_blocks(model, sites, batches, on_batch):
         statistics.update(block.moments)
+    restack(model)
+    if implementation:
+        model.config._experts_implementation = implementation
     return statistics
 
 
@@ -97,80 +101,88 @@ def calibrate_blocks(
 ) -> Iterator[BlockMoments]:
     """Moments block after block, each free to be dropped before the next is measured.
 
-    When a block is given, its batches have passed it: the caller may factorize its weights, and the
-    following blocks are still measured on the inputs of the dense model.
+    When a block is given, its batches have passed it, for the last time where the model applies it repeatedly:
+    the caller may factorize its weights, and the following blocks are still measured on the inputs of the dense
+    model. Blocks that no batch passed come last, with moments of nothing. Stacked experts are taken apart
+    (`rankfold.modules.LinearStack`), and stay so.
     """
     by_block: dict[str | None, list[Site]] = {}
     for site in sites:
         by_block.setdefault(site.block, []).append(site)
         linear_at(model, site.name)
     use_eager_experts(model)
-    outside = by_block.get(None, [])
-    runner = model if outside else model.base_model
-    prefix = "" if runner is model else f"{model.base_model_prefix}."
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    inside = all(block is not None and block.startswith(prefix) for block in by_block)
+    runner, prefix = (model.base_model, prefix) if inside else (model, "")
+    observers = {block: _Observer(group) for block, group in by_block.items()}
+    outer = observers.pop(None, _Observer([]))
+    visits = {block: max(site.calls for site in group) for block, group in by_block.items()}
     training = model.training
     model.eval()
     try:
-        with _Observer(model, outside) as outer:
+        with outer.watching(model):
             for step in walk_blocks(runner, batches, on_batch):
-                with _Observer(model, by_block.get(prefix + step.path, [])) as observer:
+                block = prefix + step.path
+                if block not in observers:
+                    continue
+                with observers[block].watching(model):
                     step.run()
-                yield BlockMoments(step, observer.moments())
-        if outside:
-            yield BlockMoments(None, outer.moments())
+                visits[block] -= 1
+                if visits[block] == 0:
+                    yield BlockMoments(step, observers.pop(block).moments())
+        for observer in [*observers.values(), outer]:
+            yield BlockMoments(None, observer.moments())
     finally:
         model.train(training)
 
 
-class _Observer(ExitStack):
-    """Accumulators hooked to sites: one for each input that several read, or one for each output if that is smaller."""
+class _Observer:
+    """Accumulators of sites: one for each input that several read, or one for each output if that is smaller."""
 
-    def __init__(self, model: Any, sites: Sequence[Site]) -> None:
-        super().__init__()
-        self._inputs: dict[str, MomentAccumulator] = {}
-        self._outputs: dict[str, MomentAccumulator] = {}
+    def __init__(self, sites: Sequence[Site]) -> None:
         self._sites = sites
-        groups: dict[str, list[Site]] = {}
+        self._groups: dict[str, list[Site]] = {}
+        self._accumulators: dict[str, MomentAccumulator] = {}
         for site in sites:
-            groups.setdefault(site.reads, []).append(site)
-        for group in groups.values():
-            if sum(site.out_features**2 for site in group) < group[0].in_features ** 2:
-                for site in group:
-                    self._watch_output(model, site)
-            else:
-                self._watch_input(model, group)
+            self._groups.setdefault(site.reads, []).append(site)
 
-    def _watch_input(self, model: Any, group: Sequence[Site]) -> None:
-        linear = linear_at(model, group[0].name)
-        accumulator = MomentAccumulator(group[0].in_features, linear.weight.device)
-        self._inputs |= {site.name: accumulator for site in group}
-        self._hold(linear.register_forward_pre_hook(lambda _, args: accumulator.update(args[0])))
+    @staticmethod
+    def _reads_outputs(group: Sequence[Site]) -> bool:
+        return sum(site.out_features**2 for site in group) < group[0].in_features ** 2
 
-    def _watch_output(self, model: Any, site: Site) -> None:
-        linear = linear_at(model, site.name)
-        accumulator = self._outputs[site.name] = MomentAccumulator(site.out_features, linear.weight.device)
-        self._hold(linear.register_forward_hook(lambda _, args, output: accumulator.update(output)))
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Hooks on the layers while the block runs."""
+        with ExitStack() as handles:
+            for group in self._groups.values():
+                for site in group if self._reads_outputs(group) else group[:1]:
+                    handles.callback(self._watch(linear_at(model, site.name), site, self._reads_outputs(group)).remove)
+            yield
 
-    def _hold(self, handle: Any) -> None:
-        self.callback(handle.remove)
+    def _watch(self, linear: Any, site: Site, output: bool) -> Any:
+        size = site.out_features if output else site.in_features
+        if site.name not in self._accumulators:
+            self._accumulators[site.name] = MomentAccumulator(size, linear.weight.device)
+        accumulator = self._accumulators[site.name]
+        if output:
+            return linear.register_forward_hook(lambda _, args, result: accumulator.update(result))
+        return linear.register_forward_pre_hook(lambda _, args: accumulator.update(args[0]))
 
     def moments(self) -> dict[str, SiteMoments]:
-        """Moments by site; each accumulator is read once."""
-        read: dict[int, Moments] = {}
-        result = {}
-        for site in self._sites:
-            accumulator = self._inputs.get(site.name) or self._outputs[site.name]
-            try:
-                moments = read.setdefault(id(accumulator), None) or accumulator.moments()  # type: ignore[arg-type]
-            except ValueError as error:
-                _add_note(error, site.name)
-                raise
-            read[id(accumulator)] = moments
-            inputs = moments if site.name in self._inputs else None
-            result[site.name] = SiteMoments(inputs, None if inputs else moments)
-        return result
+        """Moments by site; the accumulators are used up."""
+        result: dict[str, SiteMoments] = {}
+        for group in self._groups.values():
+            if self._reads_outputs(group):
+                result |= {site.name: SiteMoments(outputs=self._read(site)) for site in group}
+            else:
+                inputs = self._read(group[0])
+                result |= {site.name: SiteMoments(inputs=inputs) for site in group}
+        return {site.name: result[site.name] for site in self._sites}
 
-
-def _add_note(error: ValueError, note: str) -> None:
-    """Name the place of an error (`add_note` exists from Python 3.11 on)."""
-    error.args = (f"{note}: {error}",)
+    def _read(self, site: Site) -> Moments:
+        accumulator = self._accumulators.pop(site.name, None) or MomentAccumulator(1)
+        try:
+            return accumulator.moments()
+        except ValueError as error:
+            error.args = (f"{site.name}: {error}",)
+            raise

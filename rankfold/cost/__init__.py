@@ -1,7 +1,7 @@
 """What a model costs: the other axis of every plot."""
 
-from rankfold.cost.hardware import hardware, versions
+from rankfold.cost.hardware import hardware
 from rankfold.cost.latency import Latency, interleaved_latency
 from rankfold.cost.memory import disk_bytes, memory_bytes, parameter_count
 
-__all__ = ["Latency", "disk_bytes", "hardware", "interleaved_latency", "memory_bytes", "parameter_count", "versions"]
+__all__ = ["Latency", "disk_bytes", "hardware", "interleaved_latency", "memory_bytes", "parameter_count"]

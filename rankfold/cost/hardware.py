@@ -1,10 +1,9 @@
-"""Which machine and which versions a number was measured on."""
+"""Which machine a number was measured on."""
 
 from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,13 +19,6 @@ def hardware() -> dict[str, str | int]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a result depends on."""
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("rankfold", "torch", "transformers")
-    }
 
 
 def _cpu_name() -> str:

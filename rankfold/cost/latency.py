@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -88,13 +89,15 @@ def _one_round(model: Any, prompt_tokens: int, decoded_tokens: int, batch_size: 
     start = _now(device)
     output = model(**inputs, **options)
     prefill = _now(device) - start
-    cache = getattr(output, "past_key_values", None)
-    if not generates or cache is None:
+    caches = ("past_key_values", "cache_params")
+    cache = {name: value for name in caches if (value := getattr(output, name, None)) is not None}
+    if not generates or not cache:
         return prefill, None
-    token = ids[:, -1:]
+    positions = "cache_position" in inspect.signature(model.forward).parameters
     start = _now(device)
-    for _ in range(decoded_tokens):
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+    for step in range(decoded_tokens):
+        position = {"cache_position": torch.tensor([prompt_tokens + step], device=device)} if positions else {}
+        model(input_ids=ids[:, -1:], use_cache=True, **cache, **position)
     return prefill, (_now(device) - start) / decoded_tokens
 
 

@@ -47,7 +47,7 @@ def tucker_matrix(weight: Float[Tensor, "out in"], rank: int) -> Factors:
     >>> factors.core.shape
     torch.Size([2, 2])
     """
-    svd = truncated_svd(weight, rank)
+    svd = truncated_svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), rank)
     up, down = torch.linalg.qr(svd.up.double()).Q, torch.linalg.qr(svd.down.double().T).Q.T
     core = up.T @ weight.double() @ down.T
     dtype = weight.dtype

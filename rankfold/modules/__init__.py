@@ -2,7 +2,7 @@
 
 from rankfold.modules.factorized_linear import FactorizedLinear
 from rankfold.modules.install import FORMS, Factorized, install, linear_at, linear_shape, resolve, use_eager_experts
-from rankfold.modules.linear_stack import LinearStack
+from rankfold.modules.linear_stack import LinearStack, restack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.module_weight import ModuleWeight
 from rankfold.modules.tucker_linear import TuckerLinear
@@ -19,5 +19,6 @@ __all__ = [
     "linear_at",
     "linear_shape",
     "resolve",
+    "restack",
     "use_eager_experts",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import torch
 from torch import Tensor, nn
 
 from rankfold.modules.module_weight import ModuleWeight
@@ -34,3 +35,14 @@ def _layer_around(weight: nn.Parameter) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=weight.dtype)
     linear.weight = weight
     return linear
+
+
+def restack(model: nn.Module) -> None:
+    """Give stacks whose layers are all dense back their one parameter."""
+    for path, stack in list(model.named_modules()):
+        if isinstance(stack, LinearStack) and all(type(layer) is nn.Linear for layer in stack.children()):
+            owner_path, _, name = path.rpartition(".")
+            owner = model.get_submodule(owner_path)
+            stacked = torch.stack([parameter.detach() for parameter in stack.parameters()])
+            delattr(owner, name)
+            setattr(owner, name, nn.Parameter(stacked))

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.modules.factorized_linear import FactorizedLinear
+from rankfold.modules.low_rank_linear import LowRankLinear
 
 
 class TuckerLinear(FactorizedLinear):
@@ -63,6 +64,14 @@ class TuckerLinear(FactorizedLinear):
     def product(self) -> Float[Tensor, "out in"]:
         """The matrix that core and factors stand for, as an ordinary tensor."""
         return self.up.weight @ self.core.weight @ self.down.weight
+
+    def fold(self) -> LowRankLinear:
+        """The same layer in two factors: the core multiplied into the larger one, which costs nothing at run time."""
+        up, core, down = (linear.weight.detach() for linear in (self.up, self.core, self.down))
+        bias = None if self.bias is None else self.bias.detach()
+        if self.out_features >= self.in_features:
+            return LowRankLinear.from_factors(up @ core, down, bias)
+        return LowRankLinear.from_factors(up, core @ down, bias)
 
     def extra_repr(self) -> str:
         """Sizes and ranks."""

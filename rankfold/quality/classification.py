@@ -46,8 +46,13 @@ def load_labelled(path: str | Path) -> Labelled:
     if not file.is_file():
         raise ValueError(f"{file}: labelled texts must be a JSONL file, but there is no such file.")
     opener: Any = gzip.open if file.suffix == ".gz" else open
+    rows = []
     with opener(file, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number}: each line must be one JSON object ({error}).") from error
     texts = [row.get("sentence", row.get("text")) for row in rows]
     labels = [row.get("label") for row in rows]
     if not rows or not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int) for n in labels):

@@ -21,7 +21,8 @@ class Quality:
     """Tokens that were scored."""
     loss: float
     """Mean negative log-likelihood in nats per token."""
-    loss_error: float
+    loss_error: float | None
+    """`None` where there is one window only."""
     kl: float | None = None
     """Mean divergence from the dense model's distribution, in nats per token."""
     kl_error: float | None = None
@@ -35,9 +36,9 @@ class Quality:
         return math.exp(min(self.loss, 700.0))
 
     @property
-    def perplexity_error(self) -> float:
+    def perplexity_error(self) -> float | None:
         """Standard error of the perplexity, to first order."""
-        return self.perplexity * self.loss_error
+        return None if self.loss_error is None else self.perplexity * self.loss_error
 
 
 @torch.no_grad()
@@ -78,11 +79,13 @@ def next_token_quality(
         on_batch()
     table = torch.cat(columns, dim=1)
     means = table.mean(1).tolist()
-    spread = table.std(1) if table.shape[1] > 1 else torch.full((len(table),), math.nan)
-    errors = (spread / math.sqrt(table.shape[1])).tolist()
+    errors: list[float | None] = [None] * len(table)
+    if table.shape[1] > 1:
+        errors = (table.std(1) / math.sqrt(table.shape[1])).tolist()
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    pairs = [value for pair in zip(means, errors, strict=True) for value in pair]
-    return Quality(tokens, *pairs)
+    pairs = [*zip(means, errors, strict=True), (None, None), (None, None)]
+    (loss, loss_error), (kl, kl_error), (agreement, agreement_error) = pairs[:3]
+    return Quality(tokens, loss, loss_error, kl, kl_error, agreement, agreement_error)
 
 
 def _logits(model: Any, ids: Int[Tensor, "batch length"], number: int) -> Float[Tensor, "batch scored vocabulary"]:

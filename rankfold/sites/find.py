@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rankfold.modules import FactorizedLinear, LinearStack, linear_shape
 from rankfold.sites.fused import fused_parts
 from rankfold.sites.site import Site, Sites, Skipped
 
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _ROUTER = "a router: its few outputs choose the experts"
 
 
@@ -30,12 +32,13 @@ def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
         Sites in the order of the model's modules; the matrices that are none, each with the reason.
 
     Raises:
-        ValueError: If a model on the meta device cannot be run there, as some cannot with transformers 4.
+        ValueError: If the model reads no token ids and `inputs` is not given, or if a model on the meta device
+            cannot be run there, as some cannot with transformers 4.
     """
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     blocks = _blocks(model, linears)
     calls = _trace(model, linears, inputs)
-    called_kinds = {_star(name) for name, ids in calls.items() if ids}
+    called_kinds = {_siblings(name) for name, ids in calls.items() if ids}
     tied = _tied(model)
     sites, skipped = [], []
     readers: dict[int, str] = {}
@@ -49,7 +52,8 @@ def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
         if len(calls[name]) == 1:
             reads = readers.setdefault(calls[name][0], name)
         bias = getattr(module, "bias", None) is not None
-        sites.append(_site(model, name, shape, bias, module.weight.element_size(), blocks, reads))
+        site = _site(model, name, shape, bias, module.weight.element_size(), blocks, reads)
+        sites.append(replace(site, calls=max(1, len(calls[name]))))
     for name, parameter, reason in _other_matrices(model, set(linears)):
         if reason:
             skipped.append(Skipped(name, tuple(parameter.shape), reason))
@@ -98,13 +102,20 @@ def _star(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
+def _siblings(name: str) -> str:
+    """What a layer has in common with those that another input may call instead, such as `expert_0` and `expert_1`."""
+    return re.sub(r"(?<=[._])\d+(?=\.|$)", "*", name)
+
+
 def _blocks(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[str]:
     """Paths of the blocks: the members of the outermost module lists that hold linear layers."""
     lists = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and not isinstance(module, LinearStack)
+        if isinstance(module, nn.ModuleList) and len(module) and not isinstance(module, LinearStack)
     ]
+    # A list of lists, as Funnel has, holds blocks only in its inner lists.
+    lists = [name for name in lists if not isinstance(model.get_submodule(f"{name}.0"), nn.ModuleList)]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
     holding = [name for name in outermost if any(linear.startswith(f"{name}.") for linear in linears)]
     return [f"{name}.{index}" for name in holding for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
@@ -162,8 +173,14 @@ def _trace(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str, Te
 
 def _default_inputs(model: Any, device: torch.device) -> dict[str, Tensor]:
     """A few token ids; embeddings where there are no weights, since masks and padding are checked by value."""
+    if model.main_input_name != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} reads {model.main_input_name}: pass an example of its arguments as inputs=."
+        )
     if device.type != "meta":
-        ids: dict[str, Tensor] = model.dummy_inputs
+        ids = {name: value for name, value in model.dummy_inputs.items() if isinstance(value, Tensor)}
+        if model.config.is_encoder_decoder:
+            ids.setdefault("decoder_input_ids", ids["input_ids"])
         return {**ids, "attention_mask": torch.ones_like(ids["input_ids"])}
     table = model.get_input_embeddings()
     embeddings = torch.empty(1, 4, table.embedding_dim, dtype=table.weight.dtype, device=device)
@@ -192,11 +209,12 @@ def _reason_against(
     experts = {getattr(model.config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")}
     others = [other for other in tied.get(id(weight), ()) if other != f"{name}.weight"]
     reasons = {
-        f"stored as {weight.dtype}: already quantized": not weight.is_floating_point() or weight.ndim != 2,
+        f"stored as {weight.dtype}: already quantized": weight.dtype not in _DTYPES or weight.ndim != 2,
         "a factor of a factorized layer": any(isinstance(owner, FactorizedLinear) for owner in _owners(model, name)),
         f"tied to {', '.join(others)}": bool(others),
         _ROUTER: name.rpartition(".")[2] in {"gate", "router"} and shape[0] in experts,
-        "never called as a layer: the model reads its weight directly": _star(name) not in called_kinds,
+        "not called as a layer: the model reads its weight directly, or not at all": _siblings(name)
+        not in called_kinds,
         "a vector": min(shape) < 2,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

@@ -15,13 +15,12 @@ def _heads(config: Any) -> tuple[int, int, int]:
 
 
 def _sequence(out_features: int, groups: int, *parts: tuple[str, int]) -> tuple[Part, ...]:
-    """Parts of the given sizes that follow each other in each of `groups` equal groups of rows."""
+    """Parts that follow each other in each of `groups` equal groups of rows; none where they do not fill a group."""
     period, offset, result = out_features // groups, 0, []
     for name, size in parts:
         result.append(Part(name, offset, size, period))
         offset += size
-    assert offset == period, f"the parts {parts} do not fill groups of {period} rows"
-    return tuple(result)
+    return tuple(result) if offset == period else ()
 
 
 def fused_parts(config: Any, name: str, out_features: int) -> tuple[Part, ...]:

@@ -44,6 +44,8 @@ class Site:
     """Name of the first site that reads the same input; its own name where nobody shares."""
     parts: tuple[Part, ...] = ()
     """What is fused into the matrix, where that is known."""
+    calls: int = 1
+    """How often one forward pass calls the layer: more than once where blocks share their weights."""
 
     @property
     def parameters(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -189,6 +191,51 @@ def test_a_compressed_model_offers_no_factor_of_a_factor() -> None:
     sites = find_sites(model).select(["mlp.down_proj"])
     compress(model, allocate(sites, keep=0.5, method="svd"))
     assert not any(".down_proj." in site.name for site in find_sites(model))
+
+
+def test_weights_of_eight_bits_are_no_sites() -> None:
+    model = tiny.build("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    sites = find_sites(model)
+    assert len(sites) == 15
+    from rankfold.sites.find import _reason_against
+
+    eight = torch.nn.Linear(4, 4)
+    eight.weight = torch.nn.Parameter(weight[:4, :4].detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert "already quantized" in _reason_against(model, "x", eight, (4, 4), {}, {"x"})
+
+
+def test_blocks_in_lists_of_lists_are_found_and_compressed(tmp_path: Path) -> None:
+    from transformers import FunnelConfig, FunnelModel
+
+    from rankfold import allocate, compress_blocks
+    from rankfold.checkpoint import load_model, save
+
+    config = FunnelConfig(
+        vocab_size=64, block_sizes=[1, 1], num_decoder_layers=1, d_model=16, n_head=2, d_head=8, d_inner=32
+    )
+    model = FunnelModel(config).eval()
+    sites = find_sites(model).select()
+    assert {site.block for site in sites} == {"encoder.blocks.0.0", "encoder.blocks.1.0", "decoder.layers.0"}
+    batches = [{"input_ids": torch.randint(3, 60, (4, 8))}]
+    plan = compress_blocks(model, allocate(sites, keep=0.6), sites, batches)
+    assert len(plan.factorized) == len(sites)
+    save(model, None, tmp_path / "out")
+    with torch.no_grad():
+        expected = model(**batches[0])[0]
+        torch.testing.assert_close(load_model(tmp_path / "out")(**batches[0])[0], expected)
+
+
+def test_models_that_read_no_tokens_ask_for_an_example() -> None:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+    )
+    model = ViTModel(config)
+    with pytest.raises(ValueError, match=r"ViTModel reads pixel_values: pass an example .* inputs="):
+        find_sites(model)
+    assert len(find_sites(model, {"pixel_values": torch.zeros(1, 3, 8, 8)}).select()) == 6
 
 
 def test_the_loading_code_reads_the_plans_that_are_written() -> None:

@@ -16,8 +16,10 @@ from transformers import AutoTokenizer
 
 from rankfold.calibration import (
     BUNDLED,
+    calibration_batches,
     load_corpus,
     make_batches,
+    max_length,
     random_windows,
     special_tokens,
     split_windows,
@@ -61,6 +63,10 @@ def test_files_of_every_kind_give_the_same_texts(tmp_path: Path) -> None:
         ("blank.jsonl", b'{"text": "  "}\n', "must hold text, but this one is empty"),
         ("broken.jsonl", b'{"text": "a"}\n{"text', "line 2: each line must be one JSON object"),
         ("foreign.jsonl", b'{"question": "a"}\n', r"line 1: a row must have `text`.*\['question'\]"),
+        ("number.jsonl", b"5\n", "line 1: a row must be a text or an object, but is 5"),
+        ("chat.jsonl", b'{"messages": ["hi"]}\n', r"line 1: a row must have `text`.*messages"),
+        ("damaged.jsonl.gz", b"no gzip", "the file cannot be read .* Copy or compress it again"),
+        ("damaged.jsonl.xz", b"no xz", "the file cannot be read .* Copy or compress it again"),
         ("binary.txt", b"\xff\xfe\x00\x01", "must be UTF-8 text, but byte 0 is not"),
     ],
 )
@@ -90,9 +96,29 @@ def test_special_tokens_are_those_that_the_tokenizer_adds() -> None:
     assert special_tokens(AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")) == (None, None)
 
 
-def test_streams_mark_where_a_text_begins_or_ends() -> None:
-    found = tokenizers()
-    assert token_stream(found["bos"], ["a", "b"]).tolist().count(1) == 2
+def test_windows_of_a_stream_begin_once() -> None:
+    tokenizer = tokenizers()["bos"]
+    stream = token_stream(tokenizer, ["one day", "a girl"])
+    assert stream.tolist().count(tokenizer.eos_token_id) == 2
+    assert split_windows(stream, 4, *special_tokens(tokenizer))[0].tolist().count(tokenizer.bos_token_id) == 1
+
+
+def test_a_large_corpus_is_tokenized_no_further_than_needed() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")
+    stream = token_stream(tokenizer, ["x = 1\n"] * 1000, limit=50)
+    assert 50 <= len(stream) < 60
+
+
+def test_sequences_longer_than_the_model_reads_are_an_error() -> None:
+    corpus = load_corpus("bundled:calibration")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")
+    with pytest.raises(ValueError, match="LlamaForCausalLM reads at most 64 tokens at once, but got a length of 65"):
+        calibration_batches(tiny.build("llama"), tokenizer, corpus, sequences=2, length=65)
+    assert max_length(tiny.build("roberta").config) == 78
+    assert max_length(tiny.build("bloom").config) is None
+
+
+def test_streams_mark_where_a_text_ends() -> None:
     plain = AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")
     stream = token_stream(plain, ["a = 1\n", "b = 2\n"])
     assert stream.tolist().count(plain.eos_token_id) == 2

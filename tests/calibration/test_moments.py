@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import torch
+from transformers import AlbertConfig, AlbertModel
 
-from rankfold import calibrate, find_sites
+from rankfold import allocate, calibrate, compress, compress_blocks, find_sites
 from rankfold.calibration import MomentAccumulator, calibrate_blocks
+from rankfold.modules import linear_at
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -54,8 +58,75 @@ def test_only_one_blocks_moments_are_alive_at_a_time() -> None:
     model = tiny.build("llama")
     sites = find_sites(model).select()
     for block in calibrate_blocks(model, sites, [tiny.inputs(model)]):
-        assert block.step is not None
+        if block.step is None:
+            assert not block.moments
+            continue
         assert set(block.moments) == {site.name for site in sites if site.block == f"model.{block.step.path}"}
+
+
+def test_a_block_that_is_applied_again_is_measured_over_all_its_visits() -> None:
+    """ALBERT: the moments are those of every application, and the block is factorized after its last one."""
+    config = AlbertConfig(
+        vocab_size=64,
+        embedding_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+    )
+    torch.manual_seed(0)
+    model = AlbertModel(config).eval()
+    sites = find_sites(model).select()
+    assert {site.calls for site in sites} == {3}
+    batches = [{"input_ids": torch.randint(3, 60, (4, 8))} for _ in range(2)]
+    seen: list[torch.Tensor] = []
+    handle = linear_at(model, sites[0].name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, 1))
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    rows = torch.cat(seen).double()
+    moments = calibrate(model, sites, batches)[sites[0].name].inputs
+    assert moments is not None
+    assert moments.vectors == len(rows) == 3 * 2 * 4 * 8
+    torch.testing.assert_close(moments.second, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-5)
+    together, blockwise = copy.deepcopy(model), copy.deepcopy(model)
+    plan = allocate(sites, keep=0.7)
+    compress(together, plan, calibrate(together, sites, batches))
+    compress_blocks(blockwise, plan, sites, batches)
+    with torch.no_grad():
+        torch.testing.assert_close(blockwise(**batches[0])[0], together(**batches[0])[0])
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+def test_calibration_leaves_the_model_as_it_was(name: str) -> None:
+    model = tiny.build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    implementation = model.config._experts_implementation if name == "mixtral" else None
+    calibrate(model, find_sites(model), [tiny.inputs(model)])
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    if implementation is not None:
+        assert model.config._experts_implementation == implementation
+
+
+def test_an_expert_without_tokens_stays_dense_with_a_note() -> None:
+    model = tiny.build("mixtral")
+    with torch.no_grad():  # one expert that no token chooses
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[2] = 0
+            layer.mlp.gate.weight[[0, 1, 3]] *= 10
+    sites = find_sites(model).select()
+    plan = compress_blocks(model, allocate(sites, keep=0.6), sites, [{"input_ids": torch.full((1, 2), 7)}])
+    unreached = [option for option in plan.options if "no calibration token" in option.note]
+    assert unreached
+    planned = {name for option in plan.options for name in option.sites}
+    assert planned == {site.name for site in sites}
+    assert plan.parameters == sum(
+        parameter.numel() for name in planned for parameter in linear_at(model, name).parameters()
+    )
 
 
 def test_values_that_are_not_finite_name_the_site() -> None:

@@ -106,6 +106,16 @@ def test_forms_compile_without_a_graph_break() -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_folded_core_leaves_the_outputs_and_fewer_parameters(shape: tuple[int, int], bias: bool) -> None:
+    layer, x = TuckerLinear(*shape, (3, 2), bias=bias), torch.randn(5, shape[0])
+    folded = layer.fold()
+    torch.testing.assert_close(folded(x), layer(x))
+    assert (folded.bias is not None) == bias
+    assert folded.rank == (3 if shape[1] < shape[0] else 2)
+
+
 def test_from_factors_holds_them() -> None:
     up, core, down, bias = torch.randn(6, 3), torch.randn(3, 2), torch.randn(2, 8), torch.randn(6)
     torch.testing.assert_close(TuckerLinear.from_factors(up, core, down, bias).product(), up @ core @ down)
