@@ -177,6 +177,9 @@ def save(
     arguments.output.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
+    settings = json.loads((arguments.output / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 knows too
+    (arguments.output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     facts = {
         "corpus": arguments.corpus.name
         if arguments.corpus

@@ -9,7 +9,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from rankfold.architectures import AUTO_CLASSES, PREFIX, release
 from rankfold.shards import check_folder, whole_folder
@@ -96,19 +96,26 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     Raises:
         ValueError: If there is none.
     """
+    if not _may_have_tokenizer(source):
+        raise ValueError(f"{source}: no tokenizer lies beside the model. Copy its files there.")
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, KeyError, ValueError) as error:
+        # transformers 5 writes a class name that 4.57 does not know, for a class that it does know.
+        if "TokenizersBackend" in str(error):
+            return PreTrainedTokenizerFast.from_pretrained(source)
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{source}: no tokenizer lies beside the model ({reason}). Copy its files there.") from error
+        raise ValueError(f"{source}: the tokenizer beside the model cannot be read ({reason}).") from error
 
 
 def tokenizer_if_any(source: str | Path) -> Any:
     """The tokenizer beside a model, or `None`, for work that reads no text and only copies it."""
+    return load_tokenizer(source) if _may_have_tokenizer(source) else None
+
+
+def _may_have_tokenizer(source: str | Path) -> bool:
     folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("*vocab*")):
-        return None
-    return load_tokenizer(source)
+    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in ("*token*", "*vocab*", "*.model"))
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:

@@ -27,6 +27,11 @@ def deterministic() -> None:
     torch.manual_seed(0)
 
 
+stacked_experts = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="transformers 4 has no stacked experts: each is a module"
+)
+
+
 def asset(path: str) -> Path:
     """A file or folder of the real weights and data; the test is skipped where they are absent."""
     found = ASSETS / path

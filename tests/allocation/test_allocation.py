@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import tiny
+from conftest import stacked_experts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,6 +92,7 @@ def test_keep_one_leaves_everything_dense() -> None:
         assert not allocate(SITES, keep=1.0, allocation=allocation).factorized
 
 
+@stacked_experts
 def test_the_slices_of_a_stack_of_experts_are_one_option() -> None:
     sites = find_sites(tiny.build("mixtral")).select(["mlp.experts.gate_up_proj.*"])
     plan = allocate(sites, keep=0.5, method="svd")

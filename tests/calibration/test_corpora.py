@@ -12,7 +12,6 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, asset
-from transformers import AutoTokenizer
 
 from rankfold.calibration import (
     BUNDLED,
@@ -25,6 +24,7 @@ from rankfold.calibration import (
     split_windows,
     token_stream,
 )
+from rankfold.checkpoint import load_tokenizer
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -84,8 +84,8 @@ def test_an_unknown_data_set_says_both_things_it_could_have_been() -> None:
 
 def tokenizers() -> dict[str, Any]:
     return {
-        "bos": AutoTokenizer.from_pretrained(asset("weights/stories260K")),
-        "cls": AutoTokenizer.from_pretrained(asset("weights/all-MiniLM-L6-v2")),
+        "bos": load_tokenizer(asset("weights/stories260K")),
+        "cls": load_tokenizer(asset("weights/all-MiniLM-L6-v2")),
     }
 
 
@@ -93,7 +93,7 @@ def test_special_tokens_are_those_that_the_tokenizer_adds() -> None:
     found = tokenizers()
     assert special_tokens(found["bos"]) == (1, None)
     assert special_tokens(found["cls"]) == (101, 102)
-    assert special_tokens(AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")) == (None, None)
+    assert special_tokens(load_tokenizer(ROOT / "models" / "pycode-llama")) == (None, None)
 
 
 def test_windows_of_a_stream_begin_once() -> None:
@@ -104,14 +104,14 @@ def test_windows_of_a_stream_begin_once() -> None:
 
 
 def test_a_large_corpus_is_tokenized_no_further_than_needed() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")
+    tokenizer = load_tokenizer(ROOT / "models" / "pycode-llama")
     stream = token_stream(tokenizer, ["x = 1\n"] * 1000, limit=50)
     assert 50 <= len(stream) < 60
 
 
 def test_sequences_longer_than_the_model_reads_are_an_error() -> None:
     corpus = load_corpus("bundled:calibration")
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")
+    tokenizer = load_tokenizer(ROOT / "models" / "pycode-llama")
     with pytest.raises(ValueError, match="LlamaForCausalLM reads at most 64 tokens at once, but got a length of 65"):
         calibration_batches(tiny.build("llama"), tokenizer, corpus, sequences=2, length=65)
     assert max_length(tiny.build("roberta").config) == 78
@@ -119,7 +119,7 @@ def test_sequences_longer_than_the_model_reads_are_an_error() -> None:
 
 
 def test_streams_mark_where_a_text_ends() -> None:
-    plain = AutoTokenizer.from_pretrained(ROOT / "models" / "pycode-llama")
+    plain = load_tokenizer(ROOT / "models" / "pycode-llama")
     stream = token_stream(plain, ["a = 1\n", "b = 2\n"])
     assert stream.tolist().count(plain.eos_token_id) == 2
 
