@@ -182,15 +182,15 @@ def measure(
     check_records(output)
     models = {name: load_model(str(source), dtype=_dtype(dtype), device=device) for name, source in names.items()}
     _check_comparable(models)
+    for measured in models.values():
+        check_length(measured, max(length or 0, prompt + DECODED_TOKENS if latency else 0))
     tokenizer = load_tokenizer(model)
     records = measure_size(models, folders, circumstances())
     if labels is not None:
         records += measure_accuracy(models, tokenizer, labels, circumstances(data=labels.name))
     elif _is_decoder(models.values()):
         corpus = load_corpus(text or "bundled:english-held-out")
-        length = length or default_length(models[next(iter(models))].config)
-        for measured in models.values():
-            check_length(measured, length)
+        length = length or min(default_length(measured.config) for measured in models.values())
         tokens = evaluation_windows(tokenizer, corpus, length, windows)
         context = circumstances(data=corpus.name, sha256=corpus.sha256)
         with progress("windows", len(models) * -(-len(tokens) // 8)) as advance:
@@ -198,8 +198,6 @@ def measure(
     else:
         say("Quality not measured: perplexity is for decoders; give a classifier labelled rows with --labels.")
     if latency:
-        for measured in models.values():
-            check_length(measured, prompt + DECODED_TOKENS)
         with progress("latency rounds", 16) as advance:
             settings = {"prompt_tokens": prompt, "decoded_tokens": DECODED_TOKENS, "batch_size": batch}
             records += measure_latency(models, circumstances(), advance, **settings)

@@ -21,7 +21,8 @@ def evaluation_windows(tokenizer: Any, corpus: Corpus, length: int, limit: int |
         ValueError: If the corpus does not fill one window.
     """
     begin, end = special_tokens(tokenizer)
-    return split_windows(token_stream(tokenizer, corpus.texts), length, begin, end)[:limit]
+    enough = None if limit is None else (limit + 1) * length
+    return split_windows(token_stream(tokenizer, corpus.texts, enough), length, begin, end)[:limit]
 
 
 def circumstances(**details: Any) -> dict[str, Any]:

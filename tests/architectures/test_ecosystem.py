@@ -84,3 +84,26 @@ with torch.no_grad():
 def test_a_compiled_model_gives_the_same_logits(folder: Path) -> None:
     run = subprocess.run([sys.executable, "-c", COMPILED, str(folder)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_quantization_slot_is_free_for_bitsandbytes(bits: int, tmp_path: Path) -> None:
+    """On the factors, in 8 and in 4 bits; ranks are multiples of 64, as its 4-bit kernels on CPUs need."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: an extra of later work")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    compress(model, allocate(find_sites(model).select(), rank=64, method="svd"))
+    save(model, None, tmp_path / "out")
+    settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=settings, device_map="cpu")
+    ids = tiny.inputs(model)["input_ids"]
+    with torch.no_grad():
+        expected, found = model(ids).logits, quantized(ids).logits.float()
+    factor = quantized.model.layers[0].mlp.up_proj.down
+    assert factor.weight.dtype in {torch.int8, torch.uint8}
+    assert float((found - expected).norm() / expected.norm()) < (0.05 if bits == 8 else 0.3)
