@@ -74,7 +74,12 @@ def plan_for(row: str, sites: Sites, keep: float) -> Plan:
     plan = allocate(sites, keep=keep, method="whitened")
     parameters = {site.name: 0 if site.bias else site.out_features for site in sites}
     options = tuple(
-        replace(option, bias=True, parameters=option.parameters + sum(parameters[name] for name in option.sites))
+        replace(
+            option,
+            method="lord",
+            bias=True,
+            parameters=option.parameters + sum(parameters[name] for name in option.sites),
+        )
         for option in plan.options
     )
     return replace(plan, method="lord", options=options)

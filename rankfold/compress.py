@@ -102,7 +102,7 @@ def _replace(
         unreached = []
         for name in option.sites:
             try:
-                module = _factorize(model, name, plan.method, option, statistics.get(name))
+                module = _factorize(model, name, option, option.method or plan.method, statistics.get(name))
             except ValueError as error:
                 error.args = (f"{name}: {error}",)
                 raise
@@ -117,10 +117,14 @@ def _replace(
 
 @torch.no_grad()
 def _factorize(
-    model: Any, name: str, method: str, option: Option, moments: SiteMoments | None
+    model: Any, name: str, option: Option, method: str, moments: SiteMoments | None
 ) -> FactorizedLinear | None:
     """The module for one site, or nothing where no calibration token reached it."""
     chosen = METHODS[method]
+    if option.form != chosen.form:
+        raise ValueError(
+            f"The method {method!r} makes the form {chosen.form!r}, but the plan asks for {option.form!r}."
+        )
     if chosen.needs_data and moments is None:
         raise ValueError(f"The method {method!r} needs statistics of this site: pass the result of calibrate(...).")
     if chosen.needs_data and moments is not None:

@@ -218,6 +218,13 @@ def test_a_plan_of_another_model_is_an_error() -> None:
         compress(tiny.build("llama"), plan)
 
 
+def test_a_plan_whose_form_is_not_its_methods_is_an_error() -> None:
+    plan = allocate(find_sites(tiny.build("llama")).select(), keep=0.6, method="svd")
+    options = tuple(replace(option, form="tucker", ranks=(2, 2)) for option in plan.options)
+    with pytest.raises(ValueError, match="q_proj: The method 'svd' makes the form 'low_rank', but .* 'tucker'"):
+        compress(tiny.build("llama"), replace(plan, options=options))
+
+
 def test_missing_statistics_name_the_site() -> None:
     model = tiny.build("llama")
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: The method 'lord' needs statistics"):
