@@ -93,8 +93,9 @@ def inspect(
         rows.append(
             [site.name + parts, shape, f"{found.aspect:.2f}", str(found.break_even), f"{found.share:.2%}", *energies]
         )
-    header = ["site", "out x in", "aspect", "break-even", "of model", "energy at 1/8", "at 1/4", "at 1/2 of full rank"]
-    print_table(f"{model}: {len(chosen)} sites", header, rows)
+    header = ["site", "out x in", "aspect", "break-even", "of model", "1/8", "1/4", "1/2"]
+    title = f"{model}: {len(chosen)} sites; last columns: energy within 1/8, 1/4 and 1/2 of the full rank"
+    print_table(title, header, rows)
     print_table("not factorized", ["weight", "shape", "reason"], _skipped_rows(chosen))
     if plot:
         spectra: dict[str, dict[str, Sequence[float]]] = {}

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from rankfold import allocate, compress, find_sites
 from rankfold.checkpoint import save
 from rankfold.cost import disk_bytes, interleaved_latency, memory_bytes, parameter_count
+from rankfold.cost.latency import NOISY_SPREAD, _spread
 from rankfold.measure import measure_latency, measure_quality, measure_size, table
 from rankfold.quality import classification_accuracy, load_labelled, next_token_quality
 from rankfold.record import value_of
@@ -91,6 +92,14 @@ def test_latency_of_every_kind_of_model(name: str) -> None:
         assert len(latency.prefill) == 4
         assert latency.prefill_seconds > 0
         assert (latency.decode_seconds is not None) == (name in {"llama", "mamba"})
+
+
+def test_a_machine_that_is_busy_with_other_work_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that got no CPU time while the clock ran, and a quiet one whose rounds differ wildly."""
+    models = {"a": tiny.build("llama")}
+    monkeypatch.setattr("rankfold.cost.latency.time.process_time", lambda: 0.0)
+    assert interleaved_latency(models, prompt_tokens=8, decoded_tokens=2, rounds=4)["a"].contended
+    assert _spread([1.0, 1.0, 1.1, 1.0, 1.05]) < NOISY_SPREAD < _spread([1.0, 2.0, 1.0, 3.0, 1.0])
 
 
 def test_records_make_a_table_with_ratios() -> None:
