@@ -14,7 +14,7 @@ from rankfold.calibration.corpora import (
     token_stream,
 )
 from rankfold.calibration.moments import BlockMoments, MomentAccumulator, calibrate, calibrate_blocks
-from rankfold.calibration.walk import BlockStep, walk_blocks
+from rankfold.calibration.walk import BlockStep, walk_blocks, walk_blocks_back
 
 __all__ = [
     "BUNDLED",
@@ -34,4 +34,5 @@ __all__ = [
     "split_windows",
     "token_stream",
     "walk_blocks",
+    "walk_blocks_back",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,15 +33,15 @@ class BlockStep:
 
     path: str
     calls: list[Call]
-    _resume: Callable[[], None] = field(repr=False)
+    _run: Callable[[list[Call]], None] = field(repr=False)
     done: bool = False
 
     def run(self) -> None:
-        """Run every batch through the block and up to the next one."""
+        """Run every batch through the block and up to the next one; in a reverse walk, its gradient back."""
         if not self.done:
             self.done = True
-            self.calls = []
-            self._resume()
+            calls, self.calls = self.calls, []
+            self._run(calls)
 
 
 def walk_blocks(
@@ -61,45 +62,129 @@ def walk_blocks(
     Raises:
         ValueError: If there is no batch, or the batches call the blocks in different orders.
     """
-    paths = {model.get_submodule(path): path for path in block_paths(model)}
-    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    forwards = [greenlet(_forward(model, {**batch, **cache})) for batch in batches]
-    if not forwards:
-        raise ValueError("A walk over the blocks needs at least one batch, but got none.")
-    running = set(forwards)
+    with _Forwards(model, batches, lambda _: None) as forwards:
 
-    def stand_still(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        current = getcurrent()
-        if current in running:
-            current.parent.switch(Call(module, args, kwargs))
+        def resume_all(_: list[Call]) -> None:
+            for index in range(len(forwards.arrivals)):
+                forwards.resume(index)
+                on_batch()
 
-    def resume_all() -> None:
-        for index, forward in enumerate(forwards):
-            with torch.no_grad():
-                arrivals[index] = forward.switch()
-            on_batch()
-
-    arrivals: list[Any] = [None] * len(forwards)
-    handles = [block.register_forward_pre_hook(stand_still, with_kwargs=True) for block in paths]
-    try:
-        resume_all()
-        while not all(forward.dead for forward in forwards):
-            if len({id(call.module) if call else None for call in arrivals}) != 1:
-                raise ValueError("The batches call the model's blocks in different orders, so they cannot be walked.")
-            step = BlockStep(paths[arrivals[0].module], list(arrivals), resume_all)
+        resume_all([])
+        while path := forwards.path():
+            step = BlockStep(path, list(forwards.arrivals), resume_all)
             yield step
             step.run()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for forward in forwards:
-            forward.throw()
 
 
-def _forward(model: Any, batch: Mapping[str, Any]) -> Callable[[], None]:
-    """The model's forward call with nothing returned, so that the outputs of a batch do not stay alive."""
+def walk_blocks_back(
+    model: Any,
+    batches: Iterable[Mapping[str, Tensor]],
+    loss: Callable[[Any], Tensor],
+    on_batch: Callable[[], None] = lambda: None,
+) -> Iterator[BlockStep]:
+    """Walk over the blocks from the last to the first, the gradient of a loss flowing back, one block at a time.
 
-    def call() -> None:
-        model(**batch)
+    A forward walk keeps what every block was called with. Running a step then computes the block once more,
+    with gradients, and passes back the gradient at its input; hooks on its layers see the gradients at their
+    outputs, and parameters that require one collect theirs. Only the graph of one block and one batch is alive.
+
+    Args:
+        model: A model whose blocks form a chain: each reads the hidden states that the one before it gave.
+        batches: Keyword arguments of the forward call.
+        loss: A scalar from the model's output.
+        on_batch: Called after each batch has passed a block, forward and back.
+
+    Raises:
+        ValueError: If there is no batch, or the model has both an encoder and a decoder.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError("A reverse walk follows one chain of blocks, but this model has an encoder and a decoder.")
+    gradients: list[Tensor] = []
+
+    def back(run: Callable[[int, Call], Tensor], calls: list[Call]) -> None:
+        for index, call in enumerate(calls):
+            leaf = call.args[0].detach().requires_grad_()
+            with torch.enable_grad():
+                run(index, call._replace(args=(leaf, *call.args[1:])))
+            assert leaf.grad is not None, "a block's output must depend on its input"
+            gradients[index] = leaf.grad
+            on_batch()
+
+    def through_the_end(index: int, call: Call) -> Tensor:
+        result: Tensor = forwards.resume(index, call)
+        result.backward()  # type: ignore[no-untyped-call]
+        return result
+
+    def through_the_block(index: int, call: Call) -> Tensor:
+        output = call.module(*call.args, **call.kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        hidden.backward(gradients[index])  # type: ignore[no-untyped-call]
+        return hidden
+
+    batches = list(batches)
+    visits = sum(1 for _ in walk_blocks(model, batches[:1]))
+    with _Forwards(model, batches, loss) as forwards:
+        gradients = [torch.empty(0)] * len(batches)
+        kept: list[tuple[str, list[Call]]] = []
+        for _ in range(visits):
+            for index in range(len(batches)):
+                forwards.resume(index)
+                on_batch()
+            kept.append((forwards.path(), list(forwards.arrivals)))
+        run = through_the_end
+        while kept:
+            path, calls = kept.pop()
+            step = BlockStep(path, calls, lambda calls, run=run: back(run, calls))  # type: ignore[misc]
+            yield step
+            step.run()
+            run = through_the_block
+
+
+class _Forwards(ExitStack):
+    """The forward calls of all batches, each in a greenlet that stands still at the entrance of every block."""
+
+    def __init__(self, model: Any, batches: Iterable[Mapping[str, Tensor]], finish: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self._paths = {model.get_submodule(path): path for path in block_paths(model)}
+        cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+        self._greenlets = [greenlet(_forward(model, {**batch, **cache}, finish)) for batch in batches]
+        if not self._greenlets:
+            raise ValueError("A walk over the blocks needs at least one batch, but got none.")
+        running = set(self._greenlets)
+        self.arrivals: list[Any] = [None] * len(running)
+
+        def stand_still(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            current = getcurrent()
+            if current not in running:
+                return None
+            changed: Call | None = current.parent.switch(Call(module, args, kwargs))
+            return None if changed is None else (changed.args, changed.kwargs)
+
+        for block in self._paths:
+            self.callback(block.register_forward_pre_hook(stand_still, with_kwargs=True).remove)
+        for forward in self._greenlets:
+            self.callback(forward.throw)
+
+    def resume(self, index: int, changed: Call | None = None) -> Any:
+        """Let one batch go on to its next block or its end, with other arguments (and gradients) if they are given."""
+        forward = self._greenlets[index]
+        with torch.set_grad_enabled(changed is not None):
+            self.arrivals[index] = forward.switch(changed) if forward else forward.switch()
+        return self.arrivals[index]
+
+    def path(self) -> str:
+        """The block before which all batches stand; empty when they are through."""
+        if all(forward.dead for forward in self._greenlets):
+            return ""
+        if len({id(call.module) if call else None for call in self.arrivals}) != 1:
+            raise ValueError("The batches call the model's blocks in different orders, so they cannot be walked.")
+        return self._paths[self.arrivals[0].module]
+
+
+def _forward(model: Any, batch: Mapping[str, Any], finish: Callable[[Any], Any]) -> Callable[[], Any]:
+    """The model's forward call, of whose output only what `finish` makes of it stays alive."""
+
+    def call() -> Any:
+        return finish(model(**batch))
 
     return call

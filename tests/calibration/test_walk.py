@@ -7,7 +7,9 @@ import tiny
 import torch
 from transformers import AlbertConfig, AlbertModel
 
-from rankfold.calibration import walk_blocks
+from rankfold import find_sites
+from rankfold.calibration import walk_blocks, walk_blocks_back
+from rankfold.modules import linear_at
 
 
 def test_blocks_come_in_order_and_every_batch_passes_each() -> None:
@@ -86,3 +88,40 @@ def test_no_batch_is_an_error() -> None:
 def test_an_error_inside_the_model_comes_out_of_the_walk() -> None:
     with pytest.raises(IndexError):
         list(walk_blocks(tiny.build("llama"), [{"input_ids": torch.full((1, 4), 9999)}]))
+
+
+CHAINS = [name for name in tiny.ARCHITECTURES if name not in {"t5", "bert_masked", "bert_classifier", "roberta"}]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_walk_back_gives_the_gradients_of_ordinary_backpropagation(name: str) -> None:
+    """Of every parameter of the blocks, and at the output of every layer."""
+    model, same = tiny.build(name, torch.float64), tiny.build(name, torch.float64)
+    batches = [
+        {**tiny.inputs(model, seed=seed), "labels": tiny.inputs(model, seed=seed)["input_ids"]} for seed in (0, 1)
+    ]
+    for batch in batches:
+        same(**batch).loss.backward()
+    sites = [site for site in find_sites(model).select() if "experts" not in site.kind]
+    at_outputs: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
+    for site in sites:
+
+        def watch(_: object, __: object, output: torch.Tensor, name: str = site.name) -> None:
+            if output.requires_grad:
+                output.register_hook(at_outputs[name].append)
+
+        linear_at(model, site.name).register_forward_hook(watch)
+    paths = [step.path for step in walk_blocks_back(model, batches, lambda output: output.loss)]
+    assert paths == [step.path for step in walk_blocks(same, batches)][::-1]
+    expected = dict(same.named_parameters())
+    in_blocks = {key: value for key, value in model.named_parameters() if any(key.startswith(path) for path in paths)}
+    assert in_blocks
+    for key, parameter in in_blocks.items():
+        if expected[key].grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[key].grad, rtol=1e-5, atol=1e-7)
+    assert all(len(gradients) == len(batches) for gradients in at_outputs.values())
+
+
+def test_a_walk_back_through_two_stacks_is_an_error() -> None:
+    with pytest.raises(ValueError, match="has an encoder and a decoder"):
+        next(walk_blocks_back(tiny.build("t5"), [tiny.inputs(tiny.build("t5"))], lambda output: output.loss))
