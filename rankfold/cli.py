@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from rich.markup import escape
 
 from rankfold import demo as demonstration
 from rankfold.allocation import ALLOCATIONS, allocate
@@ -247,7 +248,8 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        # Escaped: the message may hold brackets, such as rankfold[datasets], that are no markup.
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         say("stopped; nothing was written")

@@ -156,9 +156,8 @@ def _split_off(model: Any, option: Option, unreached: list[str]) -> list[Option]
     rest = tuple(name for name in option.sites if name not in unreached)
     if not rest:
         return [dense]
-    share = len(rest) / len(option.sites)
-    kept = replace(option, sites=rest, parameters=int(option.parameters * share), bytes=int(option.bytes * share))
-    return [kept, dense]
+    parameters, stored = (total // len(option.sites) * len(rest) for total in (option.parameters, option.bytes))
+    return [replace(option, sites=rest, parameters=parameters, bytes=stored), dense]
 
 
 def _finish(model: Any, plan: Plan) -> Plan:

@@ -125,6 +125,8 @@ def test_inspect_prints_and_draws(tmp_path: Path) -> None:
         (["compress", MODEL, "OUT", "--calibration", "nowhere.txt"], "no such file"),
         (["compress", MODEL, "OUT", "--calibration", "EMPTY"], "must hold text, but this one is empty"),
         (["compress", MODEL, "OUT", "--calibration", "SHORT"], "at least one window of 256 tokens"),
+        (["compress", MODEL, "OUT", "--calibration", "nobody/nothing"], "nobody/nothing: n"),
+        (["inspect", MODEL, "--sites", "a[b]c"], "No site matches the pattern 'a[b]c'"),
         (["compress", MODEL, "FULL"], "exists and is not empty"),
         (["compress", MODEL, "OUT", "--dtype", "int3"], "--dtype must be one of"),
         (["compress", MODEL, "OUT", "--length", "257"], "reads at most 256 tokens at once, but got a length of 257"),

@@ -141,3 +141,17 @@ def inputs(model: Any, length: int = 12, batch: int = 2, seed: int = 0) -> dict[
     if model.config.is_encoder_decoder:
         return {"input_ids": ids, "decoder_input_ids": ids[:, : length // 2]}
     return {"input_ids": ids}
+
+
+def albert() -> Any:
+    """A model that applies its one block three times."""
+    config = transformers.AlbertConfig(
+        vocab_size=64,
+        embedding_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+    )
+    torch.manual_seed(0)
+    return transformers.AlbertModel(config).eval()

@@ -8,7 +8,6 @@ import pytest
 import tiny
 import torch
 from conftest import stacked_experts
-from transformers import AlbertConfig, AlbertModel
 
 from rankfold import allocate, calibrate, compress, compress_blocks, find_sites
 from rankfold.calibration import MomentAccumulator, calibrate_blocks
@@ -67,16 +66,7 @@ def test_only_one_blocks_moments_are_alive_at_a_time() -> None:
 
 def test_a_block_that_is_applied_again_is_measured_over_all_its_visits() -> None:
     """ALBERT: the moments are those of every application, and the block is factorized after its last one."""
-    config = AlbertConfig(
-        vocab_size=64,
-        embedding_size=8,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=3,
-    )
-    torch.manual_seed(0)
-    model = AlbertModel(config).eval()
+    model = tiny.albert()
     sites = find_sites(model).select()
     assert {site.calls for site in sites} == {3}
     batches = [{"input_ids": torch.randint(3, 60, (4, 8))} for _ in range(2)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from transformers import AlbertConfig, AlbertModel
 
 from rankfold import find_sites
 from rankfold.calibration import walk_blocks, walk_blocks_back
@@ -58,15 +57,7 @@ def test_gradients_may_be_computed_between_blocks() -> None:
 
 
 def test_a_block_that_is_called_again_comes_again() -> None:
-    config = AlbertConfig(
-        vocab_size=64,
-        embedding_size=8,
-        hidden_size=16,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_hidden_layers=3,
-    )
-    model = AlbertModel(config).eval()
+    model = tiny.albert()
     steps = [step.path for step in walk_blocks(model, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])]
     assert steps == ["encoder.albert_layer_groups.0"] * 3
 
