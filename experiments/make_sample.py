@@ -20,6 +20,8 @@ from pydoc_data.topics import topics
 import numpy as np
 from train_code_model import HELD_OUT
 
+from rankfold.calibration import overlap
+
 SAMPLE = Path(__file__).parent.parent / "rankfold" / "calibration" / "sample"
 SEED = 0
 
@@ -63,6 +65,12 @@ def english_rows(held_out: bool, characters: int) -> list[dict[str, str]]:
     return rows
 
 
+def unseen(rows: Iterable[dict[str, str]], calibration: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows that share nothing with the calibration sample: topics of the reference quote each other."""
+    known = [row["text"] for row in calibration]
+    return [row for row in rows if overlap(known, [row["text"]]) == 0]
+
+
 def _row(text: str, path: str) -> dict[str, str]:
     source = f"CPython {platform.python_version()} standard library"
     return {"source": source, "license": "PSF-2.0", "path": path, "text": text}
@@ -76,6 +84,7 @@ def write(name: str, rows: Iterable[dict[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    write("calibration", python_rows(False, 260_000) + english_rows(False, 140_000))
-    write("python-held-out", python_rows(True, 260_000))
-    write("english-held-out", english_rows(True, 140_000))
+    calibration = python_rows(False, 260_000) + english_rows(False, 140_000)
+    write("calibration", calibration)
+    write("python-held-out", unseen(python_rows(True, 260_000), calibration))
+    write("english-held-out", unseen(english_rows(True, 140_000), calibration))

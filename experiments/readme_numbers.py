@@ -1,17 +1,18 @@
-"""Write the numbers of the README from the results of the benchmarks: python experiments/readme_numbers.py."""
+"""Write the numbers of the README, docs/quality.md and its figure from the results: python experiments/readme_numbers.py."""
 
 from __future__ import annotations
 
 import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from quality_tables import KEEPS
-
-from rankfold.factorization import METHODS
 from rankfold.record import Record
+from rankfold.report.figures import draw_points
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PLAIN = {"dense": "dense, 16 bits", "int8": "INT8, weights only (torchao)", "nf4": "NF4, weights only (bitsandbytes)"}
 
 
 def read(name: str) -> list[Record]:
@@ -19,51 +20,163 @@ def read(name: str) -> list[Record]:
     return [Record.from_json(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
 
 
-def quality_table(records: list[Record], subject: str) -> list[str]:
-    """Methods down, keep across, one model."""
-    rows = [record for record in records if record.subject == subject]
-    dense = rows[0]
-    percent = dense.name == "accuracy"
+def write_value(record: Record) -> str:
+    """A value for people: percent for accuracy, three digits for perplexity."""
+    assert record.value is not None
+    if record.name == "accuracy":
+        return f"{record.value:.1%}"
+    return f"{record.value:,.0f}" if record.value >= 100 else f"{record.value:.3g}"
 
-    def write(record: Record) -> str:
-        assert record.value is not None
-        assert record.error is not None
-        if percent:
-            return f"{record.value:.1%} ± {record.error:.1%}"
-        return (
-            f"{record.value:.3g} ± {record.error:.2g}"
-            if record.value < 1000
-            else f"{record.value:,.0f} ± {record.error:.0f}"
-        )
 
-    lines = [
-        f"| {subject}: {dense.name}, dense {write(dense)} | " + " | ".join(f"keep {keep}" for keep in KEEPS) + " |"
+def write_error(record: Record) -> str:
+    """Its standard error over evaluation windows or rows."""
+    if record.error is None:
+        return ""
+    return f" ± {record.error:.1%}" if record.name == "accuracy" else f" ± {record.error:.2g}"
+
+
+def mean_over_seeds(records: Sequence[Record]) -> Record:
+    """The mean of several seeds, with the larger of the error over windows and the spread over seeds."""
+    values = [float(record.value or 0) for record in records]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    first = records[0]
+    error = max(first.error or 0.0, spread)
+    return Record(
+        subject=first.subject,
+        name=first.name,
+        value=statistics.fmean(values),
+        unit="1",
+        error=error,
+        context=first.context,
+    )
+
+
+def chosen(records: Iterable[Record], subject: str, part: str) -> list[Record]:
+    """The records of one part of one model."""
+    return [record for record in records if record.subject == subject and record.context["part"] == part]
+
+
+def table(records: Sequence[Record], title: str) -> list[str]:
+    """Rows down, keep across; the best value of each column in bold, block removal at what it really stores."""
+    keeps = sorted({record.context["keep"] for record in records}, reverse=True)
+    names = list(dict.fromkeys(record.context["row"] for record in records))
+    pick: Callable[[Iterable[float]], float] = max if records[0].name == "accuracy" else min
+    cells: dict[tuple[str, float], Record] = {}
+    for name in names:
+        for keep in keeps:
+            found = [r for r in records if r.context["row"] == name and r.context["keep"] == keep]
+            if found:
+                cells[name, keep] = mean_over_seeds(found)
+    # What stores more than was asked does not compete.
+    within = [
+        (keep, float(cell.value or 0)) for (_, keep), cell in cells.items() if cell.context["stored"] < keep + 0.03
     ]
-    lines.append("|---" * (len(KEEPS) + 1) + "|")
-    for method in METHODS:
-        cells = [write(record) for record in rows if record.context["method"] == method]
-        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    best = {keep: pick(value for other, value in within if other == keep) for keep in keeps}
+    lines = [f"| {title} | " + " | ".join(f"keep {keep:g}" for keep in keeps) + " |", "|---" * (len(keeps) + 1) + "|"]
+    for name in names:
+        written = []
+        for keep in keeps:
+            cell = cells.get((name, keep))
+            text = "" if cell is None else write_value(cell) + write_error(cell)
+            if cell is not None and cell.value == best[keep] and cell.context["stored"] < keep + 0.03:
+                text = f"**{text}**"
+            if cell is not None and abs(cell.context["stored"] - keep) > 0.03:
+                text += f" (keeps {cell.context['stored']:.2f})"
+            written.append(text)
+        lines.append(f"| {name} | " + " | ".join(written) + " |")
     return [*lines, ""]
+
+
+def plain_line(records: Sequence[Record], subject: str) -> list[str]:
+    """What plain quantization of the dense model gives, by its share of 16-bit bytes."""
+    parts = [
+        f"{PLAIN[record.context['row']]}: {write_value(record)}{write_error(record)}"
+        + ("" if record.context["row"] == "dense" else f" at {record.context['stored']:.2f} of the bytes")
+        for record in chosen(records, subject, "plain")
+    ]
+    return ["; ".join(parts) + ".", ""]
 
 
 def numbers() -> str:
     """The block between the README's markers."""
-    records = read("quality_tables")
-    context = records[0].context
-    versions = context["versions"]
+    records = read("quality")
+    versions = records[0].context["versions"]
     lines = [
-        "Uniform ranks, one shot, no fine-tuning, calibrated on other text than measured; seed 0; ± is the standard",
-        f"error over evaluation windows. torch {versions['torch']}, transformers {versions['transformers']}, CPU."
-        " `python experiments/quality_tables.py`",
+        "One shot, no training, the same calibration tokens for every row; sites' parameters kept, equal to the sites' 16-bit bytes.",
+        "stories260K: mean of three seeds; ± is the standard error over evaluation windows, or the spread over seeds where that is larger.",
+        f"torch {versions['torch']}, transformers {versions['transformers']}, CPU. `python benchmarks/quality.py`; all tables: [docs/quality.md](docs/quality.md).",
         "",
     ]
     for subject in dict.fromkeys(record.subject for record in records):
-        lines += quality_table(records, subject)
+        grid = chosen(records, subject, "grid")
+        lines += table(grid, f"{subject}: {grid[0].name}") + plain_line(records, subject)
+    trained = chosen(records, "stories260K", "trained")
+    if trained:
+        lines += [
+            "With training (block refinement: 300 steps a block; KL: at most 400 steps of 16 windows), seed 0:",
+            "",
+        ]
+        lines += table(trained, "stories260K: perplexity")
     cost = {record.name: record.value for record in read("compress_cost") if record.subject == "naive / rankfold"}
     more = f"{cost['time']:.1f} times the time and {cost['peak_memory']:.1f} times the memory"
-    lines.append(f"Compressing a Llama of 303 M parameters: the same work done naively takes {more} of")
-    lines.append("`rankfold compress` (`python benchmarks/compress_cost.py`, medians of alternating runs, one thread).")
+    lines.append(f"Compressing a Llama of 303 M parameters with `whitened`: the same work done naively takes {more} of")
+    lines.append(
+        "`rankfold compress` (`python benchmarks/compress_cost.py`, medians of alternating runs, one thread; measured"
+    )
+    lines.append("before both-sided weighting was added, not again since).")
     return "\n".join(lines)
+
+
+def quality_page() -> str:
+    """docs/quality.md: ablation, calibration size, labels."""
+    records = read("quality")
+    lines = [
+        "# What each part is worth",
+        "",
+        "Written by `python experiments/readme_numbers.py` from `benchmarks/results/quality.jsonl` (`python benchmarks/quality.py`). Perplexity",
+        "on the last 30 % of the TinyStories sample, stories260K; ± as in the README.",
+        "",
+        "![Quality against bytes](figures/frontier.svg)",
+        "",
+    ]
+    titles = {
+        "ablation": "Each part on top of the others, and the whole without it",
+        "tokens": "Calibration size (256 tokens a sequence)",
+        "labels": "Labels drawn from the model instead of the text's own (three seeds)",
+    }
+    for part, title in titles.items():
+        found = chosen(records, "stories260K", part)
+        if found:
+            lines += [f"## {title}", "", *table(found, "row")]
+    lines += ["## Predicted against measured loss", "", "`python experiments/predicted_loss.py MODEL`", ""]
+    for path in sorted(RESULTS.glob("predicted_loss-*.jsonl")):
+        found = {r.name: r.value for r in read(path.stem) if r.name != "measured_rise"}
+        across, within = found["rank_correlation_across_sites"], found["mean_rank_correlation_within_sites"]
+        ratio = found["median_measured_over_predicted"]
+        lines += [
+            f"{path.stem.removeprefix('predicted_loss-')}: rank correlation {across:.3f} across sites and ranks, {within:.3f} within a "
+            f"site; measured over predicted, median {ratio:.2f}.",
+            "",
+            f"![Predicted and measured](figures/{path.stem}.svg)",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def frontier() -> dict[str, list[tuple[float, float]]]:
+    """Perplexity of stories260K against the share of 16-bit bytes, by method."""
+    records = read("quality")
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in chosen(records, "stories260K", "grid"):
+        if record.context["seed"] == 0 and float(record.value or 0) < 130:
+            series.setdefault(record.context["row"], []).append((record.context["stored"], float(record.value or 0)))
+    for record in chosen(records, "stories260K", "trained"):
+        row = record.context["row"]
+        if row.startswith("rankfold +"):
+            series.setdefault(row, []).append((record.context["stored"], float(record.value or 0)))
+    for record in chosen(records, "stories260K", "plain"):
+        series[PLAIN[record.context["row"]]] = [(record.context["stored"], float(record.value or 0))]
+    return series
 
 
 def with_numbers(readme: str) -> str:
@@ -75,3 +188,12 @@ def with_numbers(readme: str) -> str:
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(with_numbers(path.read_text()))
+    (ROOT / "docs" / "quality.md").write_text(quality_page())
+    (ROOT / "docs" / "figures").mkdir(exist_ok=True)
+    draw_points(
+        frontier(),
+        ROOT / "docs" / "figures" / "frontier.svg",
+        title="stories260K: what a byte buys",
+        axes=("share of the sites' 16-bit bytes", "perplexity on held-out stories"),
+        lines=True,
+    )

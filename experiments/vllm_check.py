@@ -1,7 +1,7 @@
 """Does a compressed checkpoint load in vLLM, without rankfold, and generate the same tokens?
 
-    python experiments/vllm_check.py make FOLDER     # where rankfold is installed: a checkpoint and its greedy tokens
-    python experiments/vllm_check.py run FOLDER      # where vLLM is installed and rankfold is not
+    python experiments/vllm_check.py make FOLDER [FORM]    # where rankfold is installed: a checkpoint, its tokens
+    python experiments/vllm_check.py run FOLDER            # where vLLM is installed and rankfold is not
 
 The model is a small random Llama with heads of 32 dimensions, the least that vLLM's attention on CPUs takes.
 """
@@ -17,7 +17,7 @@ PROMPT = "def read_lines(path):\n    with open(path) as"
 TOKENS = 24
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, form: str = "pivoted") -> None:
     """Compress a random Llama, save it, and write down what it generates."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,7 +33,7 @@ def make(folder: Path) -> None:
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=0, initializer_range=0.15,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    compress(model, allocate(find_sites(model).select(), keep=0.7, method="svd", allocation="parity"))
+    compress(model, allocate(find_sites(model).select(), keep=0.7, method="svd", allocation="parity", form=form))
     save(model, tokenizer, folder, overwrite=True)
     ids = tokenizer(PROMPT, return_tensors="pt")
     generated = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -58,4 +58,4 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"make": make, "run": run}[sys.argv[1]](Path(sys.argv[2]))
+    {"make": make, "run": run}[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

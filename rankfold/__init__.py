@@ -3,7 +3,7 @@
 from rankfold.allocation import allocate
 from rankfold.architectures import register
 from rankfold.calibration import calibrate
-from rankfold.compress import compress, compress_blocks
+from rankfold.compress import compress, compress_blocks, compress_in_rounds
 from rankfold.plan import Option, Plan
 from rankfold.record import Record
 from rankfold.sites import Site, Sites, find_sites
@@ -22,5 +22,6 @@ __all__ = [
     "calibrate",
     "compress",
     "compress_blocks",
+    "compress_in_rounds",
     "find_sites",
 ]

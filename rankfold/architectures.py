@@ -34,7 +34,15 @@ AUTO_CLASSES = (
     "AutoModelForSeq2SeqLM",
 )
 
-_MODULE_FILES = ("module_weight", "factorized_linear", "low_rank_linear", "tucker_linear", "linear_stack", "install")
+_MODULE_FILES = (
+    "module_weight",
+    "factorized_linear",
+    "low_rank_linear",
+    "tucker_linear",
+    "pivoted_linear",
+    "linear_stack",
+    "install",
+)
 
 
 class _FactorizedModel(Factorized):
@@ -226,20 +234,29 @@ Written by rankfold when the checkpoint was saved. With rankfold imported this f
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from functools import cache
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 '''
 
 
+def _is_left_out(node: ast.stmt) -> bool:
+    """Imports and docstrings; calls such as torch.fx.wrap(...) stay."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant)
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
 def _definitions(module_name: str) -> str:
     """The source of a module without its docstring and imports."""
     source = inspect.getsource(importlib.import_module(module_name))
-    body = [node for node in ast.parse(source).body if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))]
+    body = [node for node in ast.parse(source).body if not _is_left_out(node)]
     segments = [ast.get_source_segment(source, node) or "" for node in body]
     decorated = [
         "\n".join(f"@{ast.unparse(decorator)}" for decorator in getattr(node, "decorator_list", [])) for node in body

@@ -90,6 +90,12 @@ def auto_class_for(config: Any) -> Any:
     )
 
 
+def stored_dtype(source: str | Path) -> torch.dtype:
+    """Dtype in which a checkpoint says that its weights are stored; float32 where it does not."""
+    dtype = AutoConfig.from_pretrained(source).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer that lies beside a model.
 

@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,13 +17,11 @@ import typer
 from rich.markup import escape
 
 from rankfold import demo as demonstration
-from rankfold.allocation import ALLOCATIONS, allocate
-from rankfold.calibration import calibration_batches, check_length, load_corpus, max_length
-from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save, tokenizer_if_any
-from rankfold.compress import compress as compress_at_once
-from rankfold.compress import compress_blocks
+from rankfold.allocation import ALLOCATIONS
+from rankfold.calibration import calibration_windows, check_length, load_corpus, max_length, overlap
+from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save, stored_dtype, tokenizer_if_any
 from rankfold.cost import parameter_count
-from rankfold.factorization import METHODS, Method
+from rankfold.factorization import METHODS
 from rankfold.inspection import inspect_sites
 from rankfold.measure import (
     circumstances,
@@ -35,12 +32,15 @@ from rankfold.measure import (
     measure_size,
     table,
 )
+from rankfold.pipeline import Budget, Settings, compress_within, fingerprint, read_text
 from rankfold.plan import DENSE, Plan
 from rankfold.record import Record
+from rankfold.recovery import recover as recover_model
+from rankfold.recovery import sample_windows
 from rankfold.report.figures import check_figure, draw_spectra
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
-from rankfold.terminal import check_records, console, print_table, progress, say, write_records
+from rankfold.terminal import check_records, console, print_table, progress, say, stages, write_records
 
 app = typer.Typer(
     help="Make a language model smaller and faster by low-rank decomposition, and see what that costs.",
@@ -50,6 +50,12 @@ app = typer.Typer(
 )
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+HELD_OUT_TEXTS = ("bundled:english-held-out", "bundled:python-held-out")
+"""What quality is measured on by default: two corpora, since one flatters whoever calibrated on its like."""
+
+MOST_WINDOWS = 4096
+"""Windows that recovery trains on at most; more steps read them again."""
 
 DECODED_TOKENS = 8
 """Tokens decoded in every round of the latency."""
@@ -112,20 +118,58 @@ def compress(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Folder of the compressed model; written whole or not at all.")],
     keep: Annotated[
-        float | None, typer.Option(help="Fraction of the sites' parameters to keep, in (0, 1] (default: 0.8).")
+        float | None,
+        typer.Option(
+            help="Fraction of the sites' parameters to keep, in (0, 1] (default: 0.8).", rich_help_panel="Budget"
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="An explicit rank for all sites, instead of --keep.")] = None,
-    method: Annotated[str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.")] = "whitened",
-    allocation: Annotated[str, typer.Option(help=f"How to choose ranks: {', '.join(ALLOCATIONS)}.")] = "uniform",
+    bytes_: Annotated[
+        str | None,
+        typer.Option("--bytes", help="Bytes of the whole model, such as 9GB or 700MiB.", rich_help_panel="Budget"),
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(
+            help="Smallest model whose loss on held-out text rises by no more, in nats per token.",
+            rich_help_panel="Budget",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="An explicit rank for all sites.", rich_help_panel="Budget")] = None,
+    method: Annotated[
+        str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.", rich_help_panel="Method")
+    ] = "kfac",
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How to choose ranks: {', '.join(ALLOCATIONS)} (default: knapsack for kfac, otherwise uniform).",
+            rich_help_panel="Method",
+        ),
+    ] = None,
     sites: SiteNames = None,
+    multiple: Annotated[
+        int, typer.Option(help="Lower ranks to a multiple of this, for fast kernels.", rich_help_panel="Method")
+    ] = 1,
+    refine: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Gradient steps on each block after its factorization (0: none).", rich_help_panel="Method"
+        ),
+    ] = 0,
     calibration: Annotated[
-        str, typer.Option(help="Text to calibrate on: a text or JSONL file, or a data set name.")
+        str,
+        typer.Option(
+            help="Text to calibrate on: a text or JSONL file, or a data set name.", rich_help_panel="Calibration"
+        ),
     ] = "bundled:calibration",
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences of the calibration text.")] = 128,
+    sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences of the calibration text.", rich_help_panel="Calibration")
+    ] = 128,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a sequence (default: 512, or what the model reads).")
+        int | None,
+        typer.Option(
+            min=2, help="Tokens a sequence (default: 512, or what the model reads).", rich_help_panel="Calibration"
+        ),
     ] = None,
-    multiple: Annotated[int, typer.Option(help="Lower ranks to a multiple of this, for fast kernels.")] = 1,
     overwrite: Overwrite = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -134,38 +178,125 @@ def compress(
     """Factorize a model and save a checkpoint that loads in transformers."""
     start = time.perf_counter()
     check_target(output, overwrite)
-    needs_text = _method(method).needs_data
+    budget = Budget.of(keep=keep, bytes_=bytes_, max_loss_increase=max_loss_increase, rank=rank)
+    settings = Settings(method, allocation, multiple, refine, seed)
     loaded = load_model(model, dtype=_dtype(dtype), device=device)
-    tokenizer = load_tokenizer(model) if needs_text else tokenizer_if_any(model)
+    tokenizer = load_tokenizer(model) if settings.needs_text(budget) else tokenizer_if_any(model)
     chosen = find_sites(loaded).select(sites or ())
     before = parameter_count(loaded)
-    budget: dict[str, Any] = {"keep": keep if keep is not None or rank is not None else 0.8, "rank": rank}
-    settings: dict[str, Any] = {"method": method, "allocation": allocation, "multiple": multiple, "seed": seed}
-    plan = allocate(chosen, **budget, **settings)
-    _check_space(output, loaded, plan, chosen)
-    if needs_text:
+    settings.check(loaded, chosen, budget)
+    _check_space(output, loaded, budget.keep_of(loaded, chosen) or 1.0, chosen)
+    text = None
+    if settings.needs_text(budget):
         corpus = load_corpus(calibration)
         length = length or default_length(loaded.config)
-        batches, facts = calibration_batches(loaded, tokenizer, corpus, sequences=sequences, length=length, seed=seed)
-        plan = replace(plan, calibration=facts)
+        text = read_text(loaded, tokenizer, corpus, settings, budget, sequences=sequences, length=length)
         say(f"Calibrating on {sequences} x {length} tokens of {corpus.name}.")
         if calibration.startswith("bundled:"):
             say("This is the bundled sample; text like your own gives a better model: --calibration my_text.jsonl")
-        blocks = len({site.block for site in chosen if site.block})
-        with progress("blocks x batches", (blocks + 1) * len(batches)) as advance:
-            plan = compress_blocks(loaded, plan, chosen, batches, on_batch=advance)
-    else:
-        with progress("sites", len(chosen)) as advance:
-            plan = compress_at_once(loaded, plan, on_site=advance)
+    work = output.with_name(f".{output.name}.refine")
+    with stages() as stage:
+        plan = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
     save(loaded, tokenizer, output, overwrite=overwrite)
+    shutil.rmtree(work, ignore_errors=True)
     _report_plan(output, plan, chosen, before, parameter_count(loaded), time.perf_counter() - start)
+
+
+@app.command()
+def recover(
+    model: Annotated[str, typer.Argument(help="Folder of the compressed model.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the recovered model; written whole or not at all.")],
+    dense: Annotated[str | None, typer.Option(help="The dense model, whose distribution is the target.")] = None,
+    text: Annotated[
+        str, typer.Option(help="Text to train on: a file, a data set name, or 'generated' by the dense model.")
+    ] = "bundled:calibration",
+    objective: Annotated[str, typer.Option(help="kl (to the dense model) or next-token.")] = "kl",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps at most; it stops early.")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a window (default: 512, or what the model reads).")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate (default: one that suits the width).")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="Train LoRA adapters of this rank, then merge them.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Train a compressed model against its dense one; a killed run goes on where it stopped."""
+    check_target(output, overwrite)
+    if objective == "kl" and dense is None:
+        raise ValueError("--objective kl needs the dense model: pass --dense, or take --objective next-token.")
+    # 16-bit weights cannot take small steps: they are trained in float32 and rounded when they are saved.
+    loaded, tokenizer = load_model(model, dtype=torch.float32, device=device), load_tokenizer(model)
+    stored = _dtype(dtype) or stored_dtype(model)
+    _check_decoder(loaded)
+    teacher = load_model(dense, dtype=_dtype(dtype), device=device) if dense is not None else None
+    length = length or default_length(loaded.config)
+    check_length(loaded, length)
+    count = min(steps * batch, MOST_WINDOWS)
+    with stages() as stage:
+        if text == "generated":
+            if teacher is None:
+                raise ValueError("Generated text is the dense model's: pass --dense.")
+            size = count + max(2, count // 16)
+            advance = stage("generating text", -(-size // 64))
+            stream = sample_windows(teacher, tokenizer, size, length, seed=seed, on_batch=advance)
+            windows, held_out = stream[:count], stream[count:]
+        else:
+            corpus = load_corpus(text)
+            windows, held, _ = calibration_windows(
+                loaded,
+                tokenizer,
+                corpus,
+                sequences=count,
+                length=length,
+                seed=seed,
+                held_out=max(2, min(64, count // 8)),
+            )
+            assert held is not None, "held-out windows were asked for"
+            held_out = held
+        advance = stage("training", steps)
+        folder = output.with_name(f".{output.name}.recovery")
+        work = folder / fingerprint(loaded, teacher, windows, objective, steps, batch, rate, lora, seed)
+        result = recover_model(
+            loaded,
+            teacher,
+            windows,
+            held_out,
+            work=work,
+            objective=objective,
+            steps=steps,
+            batch_size=batch,
+            rate=rate,
+            lora_rank=lora,
+            seed=seed,
+            on_step=advance,
+        )
+    if hasattr(loaded.config, "rankfold") and text != "generated":
+        facts = {**loaded.config.rankfold["calibration"], "recovery_text": text}
+        loaded.config.rankfold = {**loaded.config.rankfold, "calibration": facts}
+    save(loaded.to(stored), tokenizer, output, overwrite=overwrite)
+    shutil.rmtree(folder, ignore_errors=True)
+    what = "divergence from the dense model" if objective == "kl" else "loss"
+    say(f"Held-out {what}: {result.before:.4f} -> {result.after:.4f} nat/token in {result.steps} steps.")
+    say(f"Checkpoint: {output}")
+    context = circumstances(text=text, objective=objective, lora_rank=lora, seed=seed)
+    values = [("held_out_before", result.before, "nat/token"), ("held_out_after", result.after, "nat/token")]
+    values += [("steps", result.steps, "1")]
+    write_records(
+        [Record(subject=str(output), name=n, value=v, unit=u, context=context) for n, v, u in values], output=None
+    )
 
 
 @app.command()
 def measure(
     model: Model,
     dense: Annotated[str | None, typer.Option(help="The dense model, measured beside it.")] = None,
-    text: Annotated[str, typer.Option(help="Evaluation text: a text or JSONL file, or a data set name.")] = "",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Evaluation text: a file or data set name; repeat it (default: the two bundled ones)."),
+    ] = None,
     labels: Annotated[Path | None, typer.Option(help="JSONL with sentence and label, for a classifier.")] = None,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens a window (default: 512, or what the model reads).")
@@ -191,12 +322,16 @@ def measure(
     if labels is not None:
         records += measure_accuracy(models, tokenizer, labels, circumstances(data=labels.name))
     elif _is_decoder(models.values()):
-        corpus = load_corpus(text or "bundled:english-held-out")
         length = length or min(default_length(measured.config) for measured in models.values())
-        tokens = evaluation_windows(tokenizer, corpus, length, windows)
-        context = circumstances(data=corpus.name, sha256=corpus.sha256)
-        with progress("windows", len(models) * -(-len(tokens) // 8)) as advance:
-            records += measure_quality(models, tokens, context, advance)
+        seen = calibration_texts(models)
+        for corpus in map(load_corpus, text or HELD_OUT_TEXTS):
+            shared = None if seen is None else overlap(seen, corpus.texts)
+            if shared:
+                say(f"Beware: {shared:.1%} of {corpus.name} also stands in the text that the model was calibrated on.")
+            tokens = evaluation_windows(tokenizer, corpus, length, windows)
+            context = circumstances(data=corpus.name, sha256=corpus.sha256, overlap_with_calibration=shared)
+            with progress(f"windows of {corpus.name}", len(models) * -(-len(tokens) // 8)) as advance:
+                records += measure_quality(models, tokens, context, advance)
     else:
         say("Quality not measured: perplexity is for decoders; give a classifier labelled rows with --labels.")
     if latency:
@@ -256,6 +391,33 @@ def main() -> None:
         sys.exit(130)
 
 
+def calibration_texts(models: Mapping[str, Any]) -> Sequence[str] | None:
+    """The text that a compressed model was calibrated and trained on, where it can still be read here."""
+    for measured in models.values():
+        plan = getattr(measured.config, "rankfold", None) or {}
+        facts = plan.get("calibration", {})
+        texts: list[str] = []
+        for name, digest in ((facts.get("corpus"), facts.get("sha256")), (facts.get("recovery_text"), None)):
+            if name is None:
+                continue
+            try:
+                corpus = load_corpus(name)
+            except ValueError:
+                corpus = None
+            if corpus is None or digest not in (None, corpus.sha256):
+                say(f"The text {name} that the model saw cannot be read here: overlap with it is not checked.")
+            else:
+                texts += corpus.texts
+        if texts:
+            return texts
+    return None
+
+
+def _check_decoder(model: Any) -> None:
+    if not _is_decoder([model]):
+        raise ValueError(f"Recovery trains on next-token distributions, which a {type(model).__name__} has not.")
+
+
 def _check_comparable(models: Mapping[str, Any]) -> None:
     sizes = {name: model.config.vocab_size for name, model in models.items()}
     if len(set(sizes.values())) > 1:
@@ -272,21 +434,15 @@ def _dtype(name: str) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _method(name: str) -> Method:
-    if name not in METHODS:
-        raise ValueError(f"--method must be one of {', '.join(METHODS)}, but got {name!r}.")
-    return METHODS[name]
-
-
-def _check_space(output: Path, model: Any, plan: Plan, sites: Sites) -> None:
+def _check_space(output: Path, model: Any, keep: float, sites: Sites) -> None:
     """Say before the work that the disk is too small for the checkpoint."""
     parent = next(path for path in [output.absolute().parent, *output.absolute().parents] if path.exists())
-    planned = sum(option.bytes for option in plan.options)
     dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
     rest = sum(p.numel() * p.element_size() for p in model.parameters()) - dense
     free = shutil.disk_usage(parent).free
-    if planned + rest > free:
-        raise ValueError(f"{output}: the checkpoint needs {planned + rest:,} bytes, but {parent} has {free:,} free.")
+    needed = int(keep * dense) + rest
+    if needed > free:
+        raise ValueError(f"{output}: the checkpoint needs {needed:,} bytes, but {parent} has {free:,} free.")
 
 
 def _skipped_rows(sites: Sites) -> list[list[str]]:
@@ -309,6 +465,11 @@ def _report_plan(output: Path, plan: Plan, sites: Sites, before: int, after: int
     print_table(f"{plan.method}, {plan.allocation}", ["kind", "sites", "full rank", "rank", "left dense"], rows)
     for note in sorted({option.note for option in plan.options if option.note}):
         say(f"left dense: {note}")
+    if plan.predicted_loss is not None:
+        bound = "" if plan.bound is None else f"; no ranks within this budget are predicted below {plan.bound:.4f}"
+        say(f"Predicted rise of the loss: {plan.predicted_loss:.4f} nat/token{bound}")
+    if "measured_increase" in plan.calibration:
+        say(f"Measured rise on held-out text: {plan.calibration['measured_increase']:.4f} nat/token")
     total = sum(site.parameters for site in sites)
     say(f"Sites: {total:,} -> {plan.parameters:,} parameters ({plan.parameters / total:.1%} kept)")
     say(f"Model: {before:,} -> {after:,} parameters ({after / before:.1%} kept)")

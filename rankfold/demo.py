@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, set_seed
 
-from rankfold.allocation import allocate
-from rankfold.calibration import calibration_batches, load_corpus
+from rankfold.calibration import load_corpus
 from rankfold.checkpoint import is_factorized, load_model, load_tokenizer, save
-from rankfold.compress import compress_blocks
 from rankfold.measure import circumstances, evaluation_windows, measure_latency, measure_quality, measure_size, table
+from rankfold.pipeline import Budget, Settings, compress_within, read_text
 from rankfold.shards import check_target
 from rankfold.sites import find_sites
-from rankfold.terminal import print_table, progress, say
+from rankfold.terminal import print_table, progress, say, stages
 
 MODEL = "pycode-llama"
 PROMPT = "def read_lines(path):\n    with open(path) as"
@@ -46,12 +44,11 @@ def run(output: Path, keep: float) -> None:
     model = load_model(source)
     sites = find_sites(model).select()
     corpus = load_corpus("bundled:calibration")
-    batches, facts = calibration_batches(model, tokenizer, corpus, sequences=128, length=256)
-    plan = replace(allocate(sites, keep=keep, method="whitened"), calibration=facts)
+    budget, settings = Budget(keep=keep), Settings()
+    text = read_text(model, tokenizer, corpus, settings, budget, sequences=48, length=256)
     say(f"2/5  Factorize its {len(sites)} linear layers, keeping {keep:.0%} of their parameters.")
-    blocks = len({site.block for site in sites})
-    with progress("     blocks x batches", (blocks + 1) * len(batches)) as advance:
-        compress_blocks(model, plan, sites, batches, on_batch=advance)
+    with stages() as stage:
+        compress_within(model, sites, budget, settings, text, stage=lambda title, n: stage(f"     {title}", n))
     say("3/5  Save a checkpoint and load it with AutoModelForCausalLM.from_pretrained.")
     save(model, tokenizer, output, overwrite=overwrite)
     loaded: Any = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
@@ -67,7 +64,7 @@ def run(output: Path, keep: float) -> None:
     say("5/5  Generate from both.")
     for name, current in models.items():
         say(f"--- {name}\n{_generate(current, tokenizer)}")
-    print_table(f"{MODEL}, keep {keep:g}, whitened, uniform ranks", ["", *models, "ratio"], table(records, models))
+    print_table(f"{MODEL}, keep {keep:g}, kfac, knapsack", ["", *models, "ratio"], table(records, models))
     if any(record.context.get("contended") for record in records):
         say("Other work slowed this machine down while it was timed: the latency rows are unreliable.")
     say("A model this small is bound by the cost of a call, not of the arithmetic: do not expect it to be faster.")

@@ -121,13 +121,16 @@ def table(records: Sequence[Record], subjects: Iterable[str]) -> list[list[str]]
     names = list(subjects)
     rows = []
     for name, (title, write, comparable) in ROWS.items():
-        values = [value_of(records, subject, name) for subject in names]
-        if all(value is None for value in values):
-            continue
-        cells = [_cell(records, subject, name, write) for subject in names]
-        first, last = values[0], values[-1]
-        ratio = f"{last / first:.3f}" if comparable and first and last and len(names) > 1 else ""
-        rows.append([title, *cells, ratio])
+        data = list(dict.fromkeys(record.context.get("data") for record in records if record.name == name))
+        for corpus in data:
+            found = [record for record in records if record.context.get("data") == corpus]
+            values = [value_of(found, subject, name) for subject in names]
+            if all(value is None for value in values):
+                continue
+            cells = [_cell(found, subject, name, write) for subject in names]
+            first, last = values[0], values[-1]
+            ratio = f"{last / first:.3f}" if comparable and first and last and len(names) > 1 else ""
+            rows.append([title if len(data) == 1 else f"{title}: {corpus}", *cells, ratio])
     return rows
 
 

@@ -25,6 +25,8 @@ class Option:
     """The factorization that fills it; empty when dense."""
     ranks: tuple[int, ...] = ()
     """One rank, or one per mode of the form (`tucker`: output mode, input mode); empty when dense."""
+    pivots: tuple[str, ...] = ()
+    """For `pivoted`, each site's pivot rows as a mask in hexadecimal, one bit a row."""
     bias: bool = False
     """Whether the module has a bias afterwards."""
     bits: int | None = None
@@ -49,6 +51,7 @@ class Option:
     def from_dict(cls, data: Mapping[str, Any]) -> Option:
         """The inverse of `to_dict`."""
         known = {**data, "sites": tuple(data["sites"]), "ranks": tuple(data.get("ranks", ()))}
+        known["pivots"] = tuple(data.get("pivots", ()))
         return cls(**known)
 
 
@@ -70,6 +73,8 @@ class Plan:
     """Fraction of the chosen sites' parameters that was asked to be kept."""
     rank: int | None = None
     """The explicit rank that was asked for."""
+    bound: float | None = None
+    """What the sum of predicted losses cannot fall below within the budget, where the allocation knows it."""
     seed: int = 0
     calibration: Mapping[str, Any] = field(default_factory=dict)
     """Corpus, its SHA-256, sequences, tokens: what the statistics were measured on; empty without data."""
@@ -82,13 +87,19 @@ class Plan:
         return sum(option.parameters for option in self.options)
 
     @property
+    def predicted_loss(self) -> float | None:
+        """Sum of the options' predicted losses in nats per token, where they were predicted."""
+        losses = [option.loss for option in self.options if option.loss is not None]
+        return sum(losses) if losses else None
+
+    @property
     def factorized(self) -> tuple[Option, ...]:
         """The options that change something."""
         return tuple(option for option in self.options if option.form != DENSE)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the version first."""
-        data = {name: getattr(self, name) for name in ("method", "allocation", "keep", "rank", "seed")}
+        data = {name: getattr(self, name) for name in ("method", "allocation", "keep", "rank", "bound", "seed")}
         return {
             "plan_version": PLAN_VERSION,
             **data,
@@ -138,6 +149,17 @@ def stored_parameters(form: str, out_features: int, in_features: int, ranks: tup
     elif form == "tucker":
         rank_out, rank_in = ranks
         weights = out_features * rank_out + rank_out * rank_in + rank_in * in_features
+    elif form == "pivoted":
+        weights = ranks[0] * (out_features + in_features - ranks[0])
     else:
-        raise ValueError(f"A form must be `dense`, `low_rank` or `tucker`, but got {form!r}.")
+        raise ValueError(f"A form must be `dense`, `low_rank`, `tucker` or `pivoted`, but got {form!r}.")
     return weights + out_features * bias
+
+
+def mask_bytes(form: str, out_features: int) -> int:
+    """Bytes that a form stores besides its numbers: which rows are pivots, one bit each, in hexadecimal.
+
+    >>> mask_bytes("pivoted", 100), mask_bytes("low_rank", 100)
+    (26, 0)
+    """
+    return 2 * -(-out_features // 8) if form == "pivoted" else 0

@@ -10,7 +10,15 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from rankfold.record import Record
@@ -21,6 +29,13 @@ console = Console(stderr=True, width=None if sys.stderr.isatty() or "COLUMNS" in
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
     """A progress bar; the block calls what it is given once for each of `total` steps."""
+    with stages() as stage:
+        yield stage(title, total)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int], Callable[[], None]]]:
+    """Progress of work whose stages show only as it goes: the block opens each with a title and a number of steps."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,9 +44,19 @@ def progress(title: str, total: int) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda: bar.advance(task)
-        bar.update(task, completed=total)
+        opened: list[TaskID] = []
+
+        def complete() -> None:
+            for task in opened:
+                bar.update(task, completed=bar.tasks[task].total)
+
+        def stage(title: str, total: int) -> Callable[[], None]:
+            complete()
+            opened.append(bar.add_task(title, total=total))
+            return lambda: bar.advance(opened[-1])
+
+        yield stage
+        complete()
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

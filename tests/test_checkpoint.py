@@ -51,7 +51,7 @@ def test_the_generated_code_needs_only_torch_and_transformers(folder: Path) -> N
     source = (folder / "modeling_rankfold.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert {line.split()[1].split(".")[0] for line in imports} == {
-        "__future__", "operator", "collections", "typing", "torch", "transformers",
+        "__future__", "functools", "operator", "collections", "typing", "torch", "transformers",
     }  # fmt: skip
     names = [line for line in source.splitlines() if line.startswith(("def ", "class "))]
     assert len(names) == len({name.split("(")[0] for name in names})

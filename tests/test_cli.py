@@ -42,17 +42,19 @@ def records(text: str) -> dict[tuple[str, str], Record]:
 
 
 @pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
-def test_a_verb_has_at_most_ten_options_and_help_for_each(command: typer.models.CommandInfo) -> None:
+def test_a_verb_has_few_options_and_help_for_each(command: typer.models.CommandInfo) -> None:
     assert command.callback is not None
     assert command.callback.__doc__
     parameters = inspect.signature(command.callback, eval_str=True).parameters
-    options = []
+    options: dict[str | None, list[str]] = {}
     for name, parameter in parameters.items():
         info = parameter.annotation.__metadata__[0]
         assert info.help
         if isinstance(info, typer.models.OptionInfo) and name not in FREE:
-            options.append(name)
-    assert len(options) <= 10
+            options.setdefault(info.rich_help_panel, []).append(name)
+    # Ten for each panel of the help at most, and no more than four panels: more belongs into Python.
+    assert all(len(names) <= 10 for names in options.values())
+    assert len(options) <= 4
 
 
 def test_help_lists_the_verbs() -> None:
@@ -101,6 +103,31 @@ def test_compress_measure_export(tmp_path: Path) -> None:
     assert float(difference.abs().max()) < 0.5  # the products are rounded to bfloat16 once more
 
 
+def test_the_default_compresses_refines_and_recovers(tmp_path: Path) -> None:
+    out, recovered = tmp_path / "out", tmp_path / "recovered"
+    small = ("--sequences", "16", "--length", "64")
+    done = run("compress", MODEL, str(out), *small, "--refine", "4")
+    assert "Predicted rise of the loss" in done.stderr
+    assert not list(tmp_path.glob(".*"))
+    plan = load_model(out).config.rankfold
+    assert (plan["method"], plan["allocation"], plan["calibration"]["refine"]) == ("kfac", "knapsack", 4)
+    assert {option.get("form", "dense") for option in plan["options"]} <= {"pivoted", "dense"}
+
+    done = run("recover", str(out), str(recovered), "--dense", MODEL, "--steps", "4", "--length", "64", "--batch", "4")
+    found = records(done.stdout)
+    before, after = (found[str(recovered), f"held_out_{when}"].value for when in ("before", "after"))
+    assert after <= before  # type: ignore[operator]
+    assert not list(tmp_path.glob(".*"))
+    assert load_model(recovered).dtype == load_model(out).dtype == torch.bfloat16
+
+    overlap = run("measure", str(recovered), "--text", "bundled:calibration", "--windows", "2", "--no-latency")
+    assert "also stands in the text that the model was calibrated on" in overlap.stderr
+    both = run("measure", str(recovered), "--windows", "2", "--no-latency")
+    assert "perplexity: bundled:english-held-out" in both.stderr
+    assert "perplexity: bundled:python-held-out" in both.stderr
+    assert "Beware" not in both.stderr
+
+
 def test_inspect_prints_and_draws(tmp_path: Path) -> None:
     plot = tmp_path / "spectra.png"
     done = run("inspect", MODEL, "--sites", "mlp.down_proj", "--sites", "self_attn.q_proj", "--plot", str(plot))
@@ -131,6 +158,12 @@ def test_inspect_prints_and_draws(tmp_path: Path) -> None:
         (["compress", MODEL, "OUT", "--dtype", "int3"], "--dtype must be one of"),
         (["compress", MODEL, "OUT", "--length", "257"], "reads at most 256 tokens at once, but got a length of 257"),
         (["compress", MODEL, "OUT", "--sequences", "0"], "Invalid value for '--sequences'"),
+        (["compress", MODEL, "OUT", "--keep", "0.5", "--bytes", "1GB"], "one of --keep, --bytes"),
+        (["compress", MODEL, "OUT", "--bytes", "1kB"], "1,000 bytes cannot hold the model"),
+        (["compress", MODEL, "OUT", "--keep", "0.001"], "The budget must allow at least"),
+        (["compress", MODEL, "OUT", "--max-loss-increase", "0"], "must be above 0 nats per token"),
+        (["recover", MODEL, "OUT"], "needs the dense model: pass --dense"),
+        (["recover", MODEL, "FULL", "--dense", MODEL], "exists and is not empty"),
         (["compress", MODEL, "OUT", "--method", "magic"], "--method must be one of svd"),
         (["compress", MODEL, "FULL", "--overwrite"], "only a model folder is overwritten"),
         (["demo", "FULL"], "exists and is not empty"),

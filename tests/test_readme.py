@@ -63,3 +63,8 @@ def test_the_numbers_are_those_of_the_results() -> None:
 
     readme = (ROOT / "README.md").read_text()
     assert with_numbers(readme) == readme
+
+
+def test_results_name_no_path_of_one_machine() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
+        assert not re.search(r'"/[a-z]', path.read_text()), path.name

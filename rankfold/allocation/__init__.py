@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from rankfold.allocation.knapsack import Choice, Price, knapsack
 from rankfold.allocation.parity import parity
-from rankfold.allocation.ranks import break_even_rank, rank_within
+from rankfold.allocation.ranks import BudgetError, break_even_rank, dense_option, rank_within
 from rankfold.allocation.uniform import uniform
 from rankfold.factorization import METHODS
-from rankfold.plan import DENSE, Option, Plan
+from rankfold.plan import DENSE, Plan
 from rankfold.sites import Site
 
-ALLOCATIONS: dict[str, Callable[..., tuple[Option, ...]]] = {"uniform": uniform, "parity": parity}
+ALLOCATIONS: dict[str, Callable[..., Any]] = {"uniform": uniform, "parity": parity, "knapsack": knapsack}
 """The values of `rankfold compress --allocation`."""
 
+PRICES: dict[str, Price] = {
+    "parameters": lambda option: option.parameters,
+    "bytes": lambda option: option.bytes,
+}
+"""Units of a budget; predicted seconds come from a price of the caller's."""
 
-def allocate(
+
+def allocate(  # noqa: PLR0913
     sites: Sequence[Site],
     *,
     keep: float | None = None,
     rank: int | None = None,
     method: str = "whitened",
     allocation: str = "uniform",
+    form: str | None = None,
     multiple: int = 1,
+    losses: Mapping[str, Sequence[float]] | None = None,
+    price: str | Price = "parameters",
     seed: int = 0,
 ) -> Plan:
     """Choose an option for every site.
 
     Args:
         sites: The sites to decide on, usually `find_sites(model).select()`.
-        keep: Fraction of the sites' parameters to keep, in (0, 1], biases and cores counted.
+        keep: Fraction of what the dense sites cost to keep, in (0, 1]: of their parameters, biases and cores
+            counted, or of the unit that `price` names.
         rank: An explicit rank for all sites, instead of `keep`.
         method: A key of `rankfold.factorization.METHODS`.
         allocation: A key of `ALLOCATIONS`.
+        form: `low_rank`, `tucker` or `pivoted`; without it the method's own.
         multiple: Ranks are lowered to a multiple of this.
+        losses: Predicted loss of every site at each rank from 0 to full (`rankfold.compress.predicted_losses`),
+            which `knapsack` needs.
+        price: For `knapsack`: `parameters`, `bytes`, or a function that prices an option, for example in seconds.
         seed: Seed of everything random that made the plan's data.
 
     Raises:
@@ -53,17 +69,59 @@ def allocate(
     if not sites:
         raise ValueError("There must be at least one site to decide on, but the model has none that were chosen.")
     chosen = METHODS[method]
-    options = ALLOCATIONS[allocation](
-        sites, chosen.form, keep=keep, rank=rank, multiple=multiple, adds_bias=chosen.adds_bias
-    )
+    form = _form(method, form)
+    shared: dict[str, Any] = {"multiple": multiple, "adds_bias": chosen.adds_bias}
+    bound = None
+    if allocation == "knapsack":
+        options, bound = _knapsack(sites, form, keep, losses, price, shared)
+    else:
+        options = ALLOCATIONS[allocation](sites, form, keep=keep, rank=rank, **shared)
     return Plan(
         options=tuple(option if option.form == DENSE else replace(option, method=method) for option in options),
         method=method,
         allocation=allocation,
         keep=keep,
         rank=rank,
+        bound=bound,
         seed=seed,
     )
 
 
-__all__ = ["ALLOCATIONS", "allocate", "break_even_rank", "rank_within"]
+def _form(method: str, form: str | None) -> str:
+    own = METHODS[method].form
+    allowed = ("tucker",) if own == "tucker" else ("low_rank", "pivoted")
+    if form is not None and form not in allowed:
+        raise ValueError(f"The method {method} can be stored as {' or '.join(allowed)}, but got the form {form!r}.")
+    return form or own
+
+
+def _knapsack(
+    sites: Sequence[Site],
+    form: str,
+    keep: float | None,
+    losses: Mapping[str, Sequence[float]] | None,
+    price: str | Price,
+    shared: Mapping[str, Any],
+) -> Choice:
+    if keep is None:
+        raise ValueError("The knapsack shares out a budget: pass keep instead of a rank.")
+    if losses is None:
+        raise ValueError("The knapsack needs predicted losses: pass those of rankfold.compress.predicted_losses(...).")
+    if isinstance(price, str) and price not in PRICES:
+        raise ValueError(f"A budget is counted in {' or '.join(PRICES)}, or by a function, but got {price!r}.")
+    pricing = PRICES[price] if isinstance(price, str) else price
+    dense = sum(pricing(dense_option([site])) for site in sites)
+    return knapsack(sites, form, budget=keep * dense, losses=losses, price=pricing, **shared)
+
+
+__all__ = [
+    "ALLOCATIONS",
+    "PRICES",
+    "BudgetError",
+    "Choice",
+    "Price",
+    "allocate",
+    "break_even_rank",
+    "knapsack",
+    "rank_within",
+]

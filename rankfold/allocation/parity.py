@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rankfold.allocation.ranks import groups, option_at, round_rank
+from rankfold.allocation.ranks import BudgetError, groups, option_at, round_rank
 from rankfold.plan import Option
 from rankfold.sites import Site
 
@@ -44,7 +44,7 @@ def parity(
         return options_at(1.0)
     low, high = 0.0, 1.0
     if _stored(options_at(low)) > budget:
-        raise ValueError(
+        raise BudgetError(
             f"Keeping {keep:g} of {sum(site.parameters for site in sites)} parameters leaves no room for rank 1 "
             f"everywhere, which needs {_stored(options_at(low))}. Raise --keep, or choose fewer sites."
         )

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rankfold.plan import Option, stored_parameters
+from rankfold.plan import Option, mask_bytes, stored_parameters
 from rankfold.sites import Site
+
+
+class BudgetError(ValueError):
+    """A budget below what the smallest allowed ranks need."""
 
 
 def rank_within(form: str, site: Site, budget: int, bias: bool) -> int:
@@ -19,7 +23,13 @@ def rank_within(form: str, site: Site, budget: int, bias: bool) -> int:
     sides = site.out_features + site.in_features
     weights = budget - site.out_features * bias
     root = math.isqrt(max(sides**2 + 4 * weights, 0))
-    rank = weights // sides if form == "low_rank" else (root - sides) // 2
+    if form == "pivoted":
+        # r (m + n) - r^2 within the budget; all of it where the budget is the dense matrix or more.
+        dense = site.out_features * site.in_features
+        rank = (sides - math.isqrt(max(sides**2 - 4 * weights - 1, -1) + 1)) // 2 if weights < dense else sides
+        rank -= rank * (sides - rank) > weights
+    else:
+        rank = weights // sides if form == "low_rank" else (root - sides) // 2
     return min(rank, site.out_features, site.in_features)
 
 
@@ -61,7 +71,7 @@ def option_at(form: str, group: Sequence[Site], rank: int, bias: bool) -> Option
     break_even = break_even_rank(form, site, bias)
     if rank > break_even:
         return dense_option(group, f"rank {rank} would store more than the dense matrix (break-even rank {break_even})")
-    ranks = (rank,) if form == "low_rank" else (rank, rank)
+    ranks = (rank, rank) if form == "tucker" else (rank,)
     each = stored_parameters(form, site.out_features, site.in_features, ranks, bias)
     return Option(
         sites=tuple(site.name for site in group),
@@ -69,7 +79,7 @@ def option_at(form: str, group: Sequence[Site], rank: int, bias: bool) -> Option
         ranks=ranks,
         bias=bias,
         parameters=each * len(group),
-        bytes=each * len(group) * site.bytes_per_parameter,
+        bytes=(each * site.bytes_per_parameter + mask_bytes(form, site.out_features)) * len(group),
     )
 
 

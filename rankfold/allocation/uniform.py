@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rankfold.allocation.ranks import dense_option, groups, option_at, rank_within, round_rank
+from rankfold.allocation.ranks import BudgetError, dense_option, groups, option_at, rank_within, round_rank
 from rankfold.plan import Option
 from rankfold.sites import Site
 
@@ -38,7 +38,7 @@ def _option(
             return dense_option(group, "all parameters are kept")
         rank = rank_within(form, site, int(keep * site.parameters), site.bias or adds_bias)
         if rank < 1:
-            raise ValueError(
+            raise BudgetError(
                 f"{site.name}: keeping {keep:g} of {site.parameters} parameters leaves no room for rank 1 of a "
                 f"matrix of shape ({site.out_features}, {site.in_features}). Raise --keep, or choose other --sites."
             )

@@ -257,6 +257,31 @@ def make_batches(model: Any, windows: Int[Tensor, "windows length"], batch_size:
     return batches
 
 
+def calibration_windows(
+    model: Any, tokenizer: Any, corpus: Corpus, *, sequences: int, length: int, seed: int = 0, held_out: int = 0
+) -> tuple[Int[Tensor, "sequences length"], Int[Tensor, "held_out length"] | None, dict[str, Any]]:
+    """Random windows of a corpus, windows of its end that none of them touches, and what a plan has to say of them.
+
+    Raises:
+        ValueError: If the corpus is too short, or the windows are longer than the model reads.
+    """
+    check_length(model, length)
+    shuffled = torch.randperm(len(corpus.texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    # A large corpus is not tokenized whole: its texts in random order, eight times what is needed.
+    limit = 8 * (sequences + held_out) * length
+    stream = token_stream(tokenizer, [corpus.texts[i] for i in shuffled], limit=limit)
+    frame = special_tokens(tokenizer)
+    held = None
+    if held_out:
+        # At most a fifth, so that a short corpus still calibrates.
+        cut = len(stream) - min(held_out * length, len(stream) // 5)
+        held = split_windows(stream[cut:], length, *frame)[:held_out]
+        stream = stream[:cut]
+    windows = random_windows(stream, sequences, length, seed, *frame)
+    facts = {"corpus": corpus.name, "sha256": corpus.sha256, "sequences": sequences, "tokens": windows.numel()}
+    return windows, held, facts
+
+
 def calibration_batches(
     model: Any, tokenizer: Any, corpus: Corpus, *, sequences: int, length: int, seed: int = 0
 ) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
@@ -266,10 +291,5 @@ def calibration_batches(
         ValueError: If the corpus does not fill one window, the windows are longer than the model reads, or the
             tokenizer belongs to another model.
     """
-    check_length(model, length)
-    shuffled = torch.randperm(len(corpus.texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    # A large corpus is not tokenized whole: its texts in random order, eight times what is needed.
-    stream = token_stream(tokenizer, [corpus.texts[i] for i in shuffled], limit=8 * sequences * length)
-    windows = random_windows(stream, sequences, length, seed, *special_tokens(tokenizer))
-    facts = {"corpus": corpus.name, "sha256": corpus.sha256, "sequences": sequences, "tokens": windows.numel()}
+    windows, _, facts = calibration_windows(model, tokenizer, corpus, sequences=sequences, length=length, seed=seed)
     return make_batches(model, windows), facts

@@ -1,4 +1,4 @@
-"""Moments of the inputs or outputs of every site, measured while the blocks are walked."""
+"""Moments of the inputs, outputs and gradients of every site, measured while the blocks are walked."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from rankfold.calibration.walk import BlockStep, walk_blocks
+from rankfold.calibration.losses import Loss
+from rankfold.calibration.walk import BlockStep, walk_blocks, walk_blocks_back
 from rankfold.factorization import Moments, SiteMoments
 from rankfold.modules import linear_at, restack, use_eager_experts
 from rankfold.sites import Site
@@ -25,6 +26,8 @@ class MomentAccumulator:
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         """An accumulator of vectors of `size` numbers."""
         self.count = 0
+        self._third = torch.zeros(size, dtype=torch.float64, device=device)
+        self._fourth = torch.zeros((), dtype=torch.float64, device=device)
         self._sum = torch.zeros(size, dtype=torch.float64, device=device)
         self._second = torch.zeros(size, size, dtype=torch.float64, device=device)
 
@@ -36,6 +39,9 @@ class MomentAccumulator:
             exact = chunk if chunk.dtype == torch.float64 else chunk.float()
             self._second += exact.T @ exact
             self._sum += exact.sum(0, dtype=torch.float64)
+            squares = exact.square().sum(1, dtype=torch.float64)
+            self._third += squares.to(exact.dtype) @ exact
+            self._fourth += squares.square().sum()
 
     def moments(self) -> Moments:
         """Moments over everything taken in; the accumulator is used up.
@@ -47,10 +53,10 @@ class MomentAccumulator:
         second = self._second.div_(count)
         if not bool(torch.isfinite(second).all()):
             raise ValueError(
-                "The values that flow through this layer must be finite, but some are NaN or infinite. Check that the "
-                "weights are finite, and load a float16 model with --dtype bfloat16 or float32."
+                "The values and gradients that flow through this layer must be finite, but some are NaN or infinite. "
+                "Check that the weights are finite, and load a float16 model with --dtype bfloat16 or float32."
             )
-        return Moments(self.count, self._sum / count, second)
+        return Moments(self.count, self._sum / count, second, float(self._fourth) / count, self._third / count)
 
 
 class BlockMoments(NamedTuple):
@@ -66,6 +72,7 @@ def calibrate(
     sites: Sequence[Site],
     batches: Iterable[Mapping[str, Tensor]],
     on_batch: Callable[[], None] = lambda: None,
+    loss: Loss | None = None,
 ) -> dict[str, SiteMoments]:
     """Moments of all sites at once.
 
@@ -76,6 +83,7 @@ def calibrate(
         sites: Sites to measure.
         batches: Keyword arguments of the model's forward call, without padding.
         on_batch: Called after each batch has passed a block.
+        loss: Where given (`summed_loss`), its gradients are followed back, and their moments measured too.
 
     Returns:
         Moments by the name of the site; sites that read the same input share one object.
@@ -85,7 +93,7 @@ def calibrate(
     """
     implementation = getattr(model.config, "_experts_implementation", None)
     statistics: dict[str, SiteMoments] = {}
-    for block in calibrate_blocks(model, sites, batches, on_batch):
+    for block in calibrate_blocks(model, sites, batches, on_batch, loss):
         statistics.update(block.moments)
     restack(model)
     if implementation:
@@ -98,91 +106,175 @@ def calibrate_blocks(
     sites: Sequence[Site],
     batches: Iterable[Mapping[str, Tensor]],
     on_batch: Callable[[], None] = lambda: None,
+    loss: Loss | None = None,
 ) -> Iterator[BlockMoments]:
     """Moments block after block, each free to be dropped before the next is measured.
 
     When a block is given, its batches have passed it, for the last time where the model applies it repeatedly:
-    the caller may factorize its weights, and the following blocks are still measured on the inputs of the dense
-    model. Blocks that no batch passed come last, with moments of nothing. Stacked experts are taken apart
-    (`rankfold.modules.LinearStack`), and stay so.
+    the caller may factorize its weights, and the other blocks are still measured on what the dense model gives
+    them. With a loss the blocks come last first, its gradient flowing back. Blocks that no batch passed come
+    last, with moments of nothing. Stacked experts are taken apart (`rankfold.modules.LinearStack`), and stay so.
+
+    Raises:
+        ValueError: If there is no batch or a value is not finite.
     """
     by_block: dict[str | None, list[Site]] = {}
     for site in sites:
         by_block.setdefault(site.block, []).append(site)
         linear_at(model, site.name)
     use_eager_experts(model)
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    inside = all(block is not None and block.startswith(prefix) for block in by_block)
-    runner, prefix = (model.base_model, prefix) if inside else (model, "")
-    observers = {block: _Observer(group) for block, group in by_block.items()}
-    outer = observers.pop(None, _Observer([]))
+    batches = list(batches)
+    tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+    observers = {block: _Observer(group, loss is not None, tokens) for block, group in by_block.items()}
+    outer = observers.pop(None, _Observer([], loss is not None, tokens))
     visits = {block: max(site.calls for site in group) for block, group in by_block.items()}
-    training = model.training
-    model.eval()
-    try:
-        with outer.watching(model):
-            for step in walk_blocks(runner, batches, on_batch):
-                block = prefix + step.path
-                if block not in observers:
-                    continue
-                with observers[block].watching(model):
-                    step.run()
-                visits[block] -= 1
-                if visits[block] == 0:
-                    yield BlockMoments(step, observers.pop(block).moments())
+    with _frozen(model), outer.watching(model):
+        if loss is not None and model.config.is_encoder_decoder:
+            # Two chains of blocks: their graph is built whole, one batch at a time.
+            _backpropagate(model, [*observers.values()], batches, loss, on_batch)
+            visits = {}
+        for block, step in _steps(model, list(by_block), batches, on_batch, loss) if visits else ():
+            if block not in observers:
+                continue
+            with observers[block].watching(model):
+                step.run()
+            visits[block] -= 1
+            if visits[block] == 0:
+                yield BlockMoments(step, observers.pop(block).moments())
         for observer in [*observers.values(), outer]:
             yield BlockMoments(None, observer.moments())
+
+
+def _backpropagate(
+    model: Any,
+    observers: Sequence[_Observer],
+    batches: Iterable[Mapping[str, Tensor]],
+    loss: Loss,
+    on_batch: Callable[[], None],
+) -> None:
+    """Ordinary backpropagation from the loss to the embeddings, all observers watching."""
+    with ExitStack() as stack, torch.enable_grad():
+        for observer in observers:
+            stack.enter_context(observer.watching(model))
+        for embedding in filter(lambda module: isinstance(module, nn.Embedding), model.modules()):
+            stack.callback(embedding.register_forward_hook(lambda _, args, result: result.requires_grad_()).remove)
+        for batch in batches:
+            loss(model(**batch), batch).backward()  # type: ignore[no-untyped-call]
+            on_batch()
+
+
+def _steps(
+    model: Any,
+    blocks: Sequence[str | None],
+    batches: Sequence[Mapping[str, Tensor]],
+    on_batch: Callable[[], None],
+    loss: Loss | None,
+) -> Iterator[tuple[str, BlockStep]]:
+    """The walk that serves: through the body only where no head is measured, and back where there is a loss."""
+    if loss is not None:
+        for step in walk_blocks_back(model, batches, loss, on_batch):
+            yield step.path, step
+        return
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    inside = all(block is not None and block.startswith(prefix) for block in blocks)
+    runner, prefix = (model.base_model, prefix) if inside else (model, "")
+    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    for step in walk_blocks(runner, read, on_batch):
+        yield prefix + step.path, step
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, its parameters collecting no gradients of their own."""
+    training = model.training
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
     finally:
         model.train(training)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 class _Observer:
-    """Accumulators of sites: one for each input that several read, or one for each output if that is smaller."""
+    """Accumulators of sites: one for each input that several read, or one for each output if that is smaller.
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    Where gradients are followed, the inputs always, and the gradient at every output.
+    """
+
+    def __init__(self, sites: Sequence[Site], gradients: bool, tokens: int) -> None:
         self._sites = sites
+        self._gradients = gradients
+        self._tokens = tokens
         self._groups: dict[str, list[Site]] = {}
-        self._accumulators: dict[str, MomentAccumulator] = {}
+        self._accumulators: dict[tuple[str, str], MomentAccumulator] = {}
         for site in sites:
             self._groups.setdefault(site.reads, []).append(site)
 
-    @staticmethod
-    def _reads_outputs(group: Sequence[Site]) -> bool:
-        return sum(site.out_features**2 for site in group) < group[0].in_features ** 2
+    def _reads_outputs(self, group: Sequence[Site]) -> bool:
+        return not self._gradients and sum(site.out_features**2 for site in group) < group[0].in_features ** 2
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
         """Hooks on the layers while the block runs."""
         with ExitStack() as handles:
             for group in self._groups.values():
-                for site in group if self._reads_outputs(group) else group[:1]:
-                    handles.callback(self._watch(linear_at(model, site.name), site, self._reads_outputs(group)).remove)
+                outputs = self._reads_outputs(group)
+                for site in group if outputs else group[:1]:
+                    handles.callback(self._watch(linear_at(model, site.name), site, outputs).remove)
+                for site in group if self._gradients else ():
+                    handles.callback(self._watch_gradient(linear_at(model, site.name), site).remove)
             yield
 
+    def _accumulator(self, site: Site, what: str, size: int, linear: Any) -> MomentAccumulator:
+        if (what, site.name) not in self._accumulators:
+            device = next(linear.parameters()).device
+            self._accumulators[what, site.name] = MomentAccumulator(size, device)
+        return self._accumulators[what, site.name]
+
     def _watch(self, linear: Any, site: Site, output: bool) -> Any:
-        size = site.out_features if output else site.in_features
-        if site.name not in self._accumulators:
-            self._accumulators[site.name] = MomentAccumulator(size, linear.weight.device)
-        accumulator = self._accumulators[site.name]
         if output:
+            accumulator = self._accumulator(site, "outputs", site.out_features, linear)
             return linear.register_forward_hook(lambda _, args, result: accumulator.update(result))
-        return linear.register_forward_pre_hook(lambda _, args: accumulator.update(args[0]))
+        accumulator = self._accumulator(site, "inputs", site.in_features, linear)
+
+        def take(_: Any, args: tuple[Tensor, ...]) -> None:
+            # A reverse walk first runs forward without gradients, which must not be counted.
+            if args[0].requires_grad or not self._gradients:
+                accumulator.update(args[0])
+
+        return linear.register_forward_pre_hook(take)
+
+    def _watch_gradient(self, linear: Any, site: Site) -> Any:
+        accumulator = self._accumulator(site, "gradients", site.out_features, linear)
+
+        def follow(_: Any, args: Any, result: Tensor) -> None:
+            if result.requires_grad:
+                result.register_hook(accumulator.update)  # type: ignore[no-untyped-call]
+
+        return linear.register_forward_hook(follow)
 
     def moments(self) -> dict[str, SiteMoments]:
         """Moments by site; the accumulators are used up."""
         result: dict[str, SiteMoments] = {}
         for group in self._groups.values():
             if self._reads_outputs(group):
-                result |= {site.name: SiteMoments(outputs=self._read(site)) for site in group}
-            else:
-                inputs = self._read(group[0])
-                result |= {site.name: SiteMoments(inputs=inputs) for site in group}
+                result |= {site.name: SiteMoments(outputs=self._read(site, "outputs")) for site in group}
+                continue
+            inputs = self._read(group[0], "inputs")
+            for site in group:
+                gradients = self._read(site, "gradients") if self._gradients else None
+                share = inputs.vectors / self._tokens if self._tokens else 1
+                result[site.name] = SiteMoments(inputs=inputs, gradients=gradients, share=share)
         return {site.name: result[site.name] for site in self._sites}
 
-    def _read(self, site: Site) -> Moments:
-        accumulator = self._accumulators.pop(site.name, None) or MomentAccumulator(1)
+    def _read(self, site: Site, what: str) -> Moments:
+        accumulator = self._accumulators.pop((what, site.name), None) or MomentAccumulator(1)
         try:
             return accumulator.moments()
         except ValueError as error:
-            error.args = (f"{site.name}: {error}",)
+            error.args = (f"{site.name}, {what}: {error}",)
             raise

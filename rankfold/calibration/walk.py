@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -46,7 +46,7 @@ class BlockStep:
 
 def walk_blocks(
     model: Any, batches: Iterable[Mapping[str, Tensor]], on_batch: Callable[[], None] = lambda: None
-) -> Iterator[BlockStep]:
+) -> Generator[BlockStep]:
     """Walk over the blocks of a model in the order in which it calls them, all batches side by side.
 
     Each batch runs the model's own `forward` in a greenlet that stands still at the entrance of every block. So
@@ -62,7 +62,7 @@ def walk_blocks(
     Raises:
         ValueError: If there is no batch, or the batches call the blocks in different orders.
     """
-    with _Forwards(model, batches, lambda _: None) as forwards:
+    with _Forwards(model, batches, lambda output, batch: None) as forwards:
 
         def resume_all(_: list[Call]) -> None:
             for index in range(len(forwards.arrivals)):
@@ -79,7 +79,7 @@ def walk_blocks(
 def walk_blocks_back(
     model: Any,
     batches: Iterable[Mapping[str, Tensor]],
-    loss: Callable[[Any], Tensor],
+    loss: Callable[[Any, Mapping[str, Tensor]], Tensor],
     on_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[BlockStep]:
     """Walk over the blocks from the last to the first, the gradient of a loss flowing back, one block at a time.
@@ -91,7 +91,7 @@ def walk_blocks_back(
     Args:
         model: A model whose blocks form a chain: each reads the hidden states that the one before it gave.
         batches: Keyword arguments of the forward call.
-        loss: A scalar from the model's output.
+        loss: A scalar from the model's output and its batch, such as `rankfold.calibration.summed_loss` gives.
         on_batch: Called after each batch has passed a block, forward and back.
 
     Raises:
@@ -143,11 +143,10 @@ def walk_blocks_back(
 class _Forwards(ExitStack):
     """The forward calls of all batches, each in a greenlet that stands still at the entrance of every block."""
 
-    def __init__(self, model: Any, batches: Iterable[Mapping[str, Tensor]], finish: Callable[[Any], Any]) -> None:
+    def __init__(self, model: Any, batches: Iterable[Mapping[str, Tensor]], finish: Callable[[Any, Any], Any]) -> None:
         super().__init__()
         self._paths = {model.get_submodule(path): path for path in block_paths(model)}
-        cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-        self._greenlets = [greenlet(_forward(model, {**batch, **cache}, finish)) for batch in batches]
+        self._greenlets = [greenlet(_forward(model, batch, finish)) for batch in batches]
         if not self._greenlets:
             raise ValueError("A walk over the blocks needs at least one batch, but got none.")
         running = set(self._greenlets)
@@ -181,10 +180,11 @@ class _Forwards(ExitStack):
         return self._paths[self.arrivals[0].module]
 
 
-def _forward(model: Any, batch: Mapping[str, Any], finish: Callable[[Any], Any]) -> Callable[[], Any]:
+def _forward(model: Any, batch: Mapping[str, Any], finish: Callable[[Any, Any], Any]) -> Callable[[], Any]:
     """The model's forward call, of whose output only what `finish` makes of it stays alive."""
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
     def call() -> Any:
-        return finish(model(**batch))
+        return finish(model(**batch, **cache), batch)
 
     return call

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from rankfold.factorization.factors import Factors, Moments, SiteMoments
 from rankfold.factorization.feature_mimicking import feature_mimicking, whitened_svd
+from rankfold.factorization.kfac import Ordered, kfac, ordered_kfac, predicted_loss, shrunk
+from rankfold.factorization.pivoted import Pivoted, pivoted
 from rankfold.factorization.svd import randomized_svd, truncated_svd
 from rankfold.factorization.tucker import StackFactors, fold_core, tucker_matrix, tucker_stack
 
@@ -19,9 +21,11 @@ class Method(NamedTuple):
     factorize: Callable[[Tensor, Tensor | None, SiteMoments, int], Factors]
     """Weight (out, in), bias, moments and rank to factors."""
     form: str
-    """The form of the module that holds the factors."""
+    """The form of the module that holds the factors; two factors may also be re-encoded as `pivoted`."""
     needs_data: bool = False
     """Whether the moments are used."""
+    needs_gradients: bool = False
+    """Whether moments of the loss's gradient are used too."""
     adds_bias: bool = False
     """Whether a layer without a bias gets one."""
 
@@ -31,6 +35,7 @@ METHODS: dict[str, Method] = {
     "tucker": Method(lambda W, b, _, rank: tucker_matrix(W, rank)._replace(bias=b), "tucker"),
     "lord": Method(feature_mimicking, "low_rank", needs_data=True, adds_bias=True),
     "whitened": Method(whitened_svd, "low_rank", needs_data=True),
+    "kfac": Method(kfac, "pivoted", needs_data=True, needs_gradients=True),
 }
 """The values of `rankfold compress --method`."""
 
@@ -39,11 +44,18 @@ __all__ = [
     "Factors",
     "Method",
     "Moments",
+    "Ordered",
+    "Pivoted",
     "SiteMoments",
     "StackFactors",
     "feature_mimicking",
     "fold_core",
+    "kfac",
+    "ordered_kfac",
+    "pivoted",
+    "predicted_loss",
     "randomized_svd",
+    "shrunk",
     "truncated_svd",
     "tucker_matrix",
     "tucker_stack",

@@ -17,18 +17,36 @@ class Moments(NamedTuple):
     mean: Float[Tensor, " size"]
     second: Float[Tensor, "size size"]
     """`E[x x^T]`, not centred."""
+    fourth: float | int = 0
+    """`E[|x|^4]`: how far single vectors lie from the moment, from which its sampling error is estimated."""
+    third: Float[Tensor, " size"] | None = None
+    """`E[|x|^2 x]`, from which that of the centred moment follows."""
 
     @property
     def covariance(self) -> Float[Tensor, "size size"]:
         """`E[x x^T] - E[x] E[x]^T`."""
         return self.second - torch.outer(self.mean, self.mean)
 
+    def centred(self) -> Moments:
+        """The moments of `x - E[x]`."""
+        mu, square = self.mean, float(self.mean.square().sum())
+        third = self.third if self.third is not None else torch.zeros_like(mu)
+        fourth = self.fourth - 4 * float(third @ mu) + 4 * float(mu @ self.second @ mu)
+        fourth += 2 * square * float(self.second.diagonal().sum()) - 3 * square**2
+        return Moments(self.vectors, torch.zeros_like(mu), self.covariance, fourth if self.third is not None else 0)
+
 
 class SiteMoments(NamedTuple):
-    """What calibration knows of one site: the moments of its inputs, or of its outputs, whichever is smaller."""
+    """What calibration knows of one site: the moments of its inputs, or of its outputs, whichever is smaller.
+
+    Where a loss was followed back, moments of the inputs always, and of the loss's gradient at the outputs.
+    """
 
     inputs: Moments | None = None
     outputs: Moments | None = None
+    gradients: Moments | None = None
+    share: float | int = 1
+    """Vectors that the site saw for each token: below 1 for an expert, above 1 for a layer called repeatedly."""
 
     def output_moments(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, centred: bool

@@ -1,10 +1,20 @@
 """Modules that stand where a Linear, a Conv1D or a stack of experts stood."""
 
 from rankfold.modules.factorized_linear import FactorizedLinear
-from rankfold.modules.install import FORMS, Factorized, install, linear_at, linear_shape, resolve, use_eager_experts
+from rankfold.modules.install import (
+    FORMS,
+    Factorized,
+    install,
+    linear_at,
+    linear_shape,
+    put,
+    resolve,
+    use_eager_experts,
+)
 from rankfold.modules.linear_stack import LinearStack, restack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.module_weight import ModuleWeight
+from rankfold.modules.pivoted_linear import PivotedLinear
 from rankfold.modules.tucker_linear import TuckerLinear
 
 __all__ = [
@@ -14,10 +24,12 @@ __all__ = [
     "LinearStack",
     "LowRankLinear",
     "ModuleWeight",
+    "PivotedLinear",
     "TuckerLinear",
     "install",
     "linear_at",
     "linear_shape",
+    "put",
     "resolve",
     "restack",
     "use_eager_experts",

@@ -29,11 +29,15 @@ class FactorizedLinear(nn.Module):
         output: Tensor = self.up(self.hidden(x))
         return output
 
+    def without_bias(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The matrix applied to `x`."""
+        return F.linear(self.hidden(x), self.up.weight)
+
     @property
     def weight(self) -> Tensor:
         """The product of the factors (out, in); `F.linear` with it runs the factors instead."""
         shape = (self.out_features, self.in_features)
-        return ModuleWeight(self.up.weight, shape, lambda x: F.linear(self.hidden(x), self.up.weight), self.product)
+        return ModuleWeight(self.up.weight, shape, self.without_bias, self.product)
 
     @property
     def bias(self) -> Tensor | None:

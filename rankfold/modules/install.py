@@ -10,12 +10,17 @@ from torch import nn
 from rankfold.modules.factorized_linear import FactorizedLinear
 from rankfold.modules.linear_stack import LinearStack
 from rankfold.modules.low_rank_linear import LowRankLinear
+from rankfold.modules.pivoted_linear import PivotedLinear
 from rankfold.modules.tucker_linear import TuckerLinear
 
 READS_PLAN_VERSION = 1
 """Newest version of a stored plan that this code understands."""
 
-FORMS: dict[str, type[FactorizedLinear]] = {"low_rank": LowRankLinear, "tucker": TuckerLinear}
+FORMS: dict[str, type[FactorizedLinear]] = {
+    "low_rank": LowRankLinear,
+    "tucker": TuckerLinear,
+    "pivoted": PivotedLinear,
+}
 
 
 class Factorized:
@@ -44,7 +49,10 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
     for option in plan["options"]:
         if option.get("form", "dense") == "dense":
             continue
-        for site in option["sites"]:
+        masks = option.get("pivots") or [None] * len(option["sites"])
+        if option["form"] == "pivoted" and None in masks:
+            raise ValueError(f"{option['sites'][0]}: a pivoted site needs its `pivots` in the plan, but has none.")
+        for site, mask in zip(option["sites"], masks, strict=True):
             path = resolve(model, site)
             if path is None and not site.startswith(f"{prefix}."):
                 continue
@@ -54,9 +62,9 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
             out_features, in_features = linear_shape(dense)
             like = dense.weight
             form = FORMS[option["form"]]
-            empty = form(
-                in_features, out_features, tuple(option["ranks"]), option.get("bias", False), like.device, like.dtype
-            )
+            extra = {"pivots": mask} if mask else {}
+            ranks, bias = tuple(option["ranks"]), option.get("bias", False)
+            empty = form(in_features, out_features, ranks, bias, like.device, like.dtype, **extra)
             model.set_submodule(path, empty)
     use_eager_experts(model)
 
@@ -100,6 +108,12 @@ def linear_at(model: nn.Module, path: str) -> Any:
         delattr(owner, stack_name)
         setattr(owner, stack_name, LinearStack.from_parameter(stacked))
     return model.get_submodule(path)
+
+
+def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put layers in place of those that stand at their paths."""
+    for path, module in modules.items():
+        model.set_submodule(path, module)
 
 
 def linear_shape(linear: Any) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def check_figure(path: str | Path) -> None:
@@ -52,4 +53,56 @@ def draw_spectra(spectra: Mapping[str, Mapping[str, Sequence[float]]], path: str
     for panel in panels:
         panel.set_visible(False)
     figure.suptitle("Spectra of the weights, one line a block: first dark, last bright", fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def draw_points(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    path: str | Path,
+    *,
+    title: str,
+    axes: tuple[str, str],
+    lines: bool = False,
+    diagonal: bool = False,
+) -> None:
+    """Draw points on logarithmic axes, one colour and one mark for each series.
+
+    Args:
+        series: Points (x, y) by the name of the series.
+        path: Where to write; the suffix says how.
+        title: Title of the figure.
+        axes: Names of the axes, with units.
+        lines: Whether a series' points are joined; the x axis is then linear.
+        diagonal: Whether the line y = x is drawn.
+
+    Raises:
+        ValueError: If there is nothing to draw, the path is no place for a figure, or matplotlib is missing.
+    """
+    check_figure(path)
+    if not any(series.values()):
+        raise ValueError(f"{path}: nothing to draw, since there are no points.")
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("Drawing needs matplotlib: pip install 'rankfold[plots]'") from error
+    figure = Figure(figsize=(9.5, 4.8), layout="constrained")
+    panel = figure.subplots()
+    for index, (name, points) in enumerate(series.items()):
+        # Marks shift by one after every ten colours, so that no two series look alike.
+        mark = "osD^vP*X<>"[(index + index // 10) % 10]
+        style: dict[str, Any] = {"color": colormaps["tab10"](index % 10), "marker": mark, "label": name}
+        x, y = zip(*sorted(points), strict=True)
+        panel.plot(x, y, linestyle="-" if lines else "none", markersize=5, linewidth=1, **style)
+    if diagonal:
+        values = [value for points in series.values() for point in points for value in point if value > 0]
+        panel.plot([min(values), max(values)], [min(values), max(values)], color="grey", linewidth=1, zorder=0)
+    panel.set_yscale("log")
+    if not lines:
+        panel.set_xscale("log")
+    panel.set_xlabel(axes[0])
+    panel.set_ylabel(axes[1])
+    panel.set_title(title, fontsize=10)
+    panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    panel.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

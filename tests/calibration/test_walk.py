@@ -102,7 +102,7 @@ def test_a_walk_back_gives_the_gradients_of_ordinary_backpropagation(name: str) 
                 output.register_hook(at_outputs[name].append)
 
         linear_at(model, site.name).register_forward_hook(watch)
-    paths = [step.path for step in walk_blocks_back(model, batches, lambda output: output.loss)]
+    paths = [step.path for step in walk_blocks_back(model, batches, lambda output, _: output.loss)]
     assert paths == [step.path for step in walk_blocks(same, batches)][::-1]
     expected = dict(same.named_parameters())
     in_blocks = {key: value for key, value in model.named_parameters() if any(key.startswith(path) for path in paths)}
@@ -115,4 +115,4 @@ def test_a_walk_back_gives_the_gradients_of_ordinary_backpropagation(name: str) 
 
 def test_a_walk_back_through_two_stacks_is_an_error() -> None:
     with pytest.raises(ValueError, match="has an encoder and a decoder"):
-        next(walk_blocks_back(tiny.build("t5"), [tiny.inputs(tiny.build("t5"))], lambda output: output.loss))
+        next(walk_blocks_back(tiny.build("t5"), [tiny.inputs(tiny.build("t5"))], lambda output, _: output.loss))

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rankfold.modules import FORMS, FactorizedLinear, LinearStack, LowRankLinear, TuckerLinear
+from rankfold.modules import FORMS, FactorizedLinear, LinearStack, LowRankLinear, PivotedLinear, TuckerLinear
 
 MAKERS: dict[str, Callable[..., FactorizedLinear]] = {
     "low_rank": lambda **settings: LowRankLinear(8, 6, (3,), **settings),
     "tucker": lambda **settings: TuckerLinear(8, 6, (3, 2), **settings),
+    "pivoted": lambda **settings: PivotedLinear(8, 6, (3,), **settings),
 }
 forms = pytest.mark.parametrize("form", FORMS)
 
@@ -68,7 +69,11 @@ def test_gradients_are_those_of_the_dense_layer(form: str) -> None:
     dense(x_dense).square().sum().backward()
     torch.testing.assert_close(x.grad, x_dense.grad)
     assert all(parameter.grad is not None for parameter in layer.parameters())
-    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    if form == "pivoted":  # its bias lies in both parts: that of the pivots reaches the other rows too
+        rest = layer.bias is not None and layer.up.bias.grad
+        torch.testing.assert_close(rest, dense.bias.grad[3:])
+    else:
+        torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
 
 
 @forms
@@ -87,14 +92,14 @@ def test_state_dict_deepcopy_dtype_and_meta(form: str, tmp_path: Path) -> None:
 @forms
 def test_factors_are_plain_linear_layers_that_other_libraries_find(form: str) -> None:
     children = [module for module in MAKERS[form]().modules() if isinstance(module, nn.Linear)]
-    assert len(children) == (2 if form == "low_rank" else 3)
+    assert len(children) == (3 if form == "tucker" else 2)
     assert all(type(child) is nn.Linear for child in children)
 
 
 COMPILES = """
 import torch
-from rankfold.modules import LowRankLinear, TuckerLinear
-for layer in (LowRankLinear(8, 6, (3,)), TuckerLinear(8, 6, (3, 2))):
+from rankfold.modules import LowRankLinear, PivotedLinear, TuckerLinear
+for layer in (LowRankLinear(8, 6, (3,)), TuckerLinear(8, 6, (3, 2)), PivotedLinear(8, 6, (3,))):
     x = torch.randn(4, 8)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
 """

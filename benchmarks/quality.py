@@ -1,0 +1,655 @@
+"""Quality per byte: every method on the same calibration tokens and the same evaluation text, with its error bar.
+
+    pip install -e '.[benchmarks]'
+    python benchmarks/quality.py --assets ASSETS                 # stories260K, MiniLM + SST-2 and the bundled models
+    python benchmarks/quality.py --part bundled                  # only what needs no ASSETS
+
+Parts: `grid` (training-free methods, three seeds), `ablation`, `tokens` (calibration size), `labels`, `trained` (block
+refinement and recovery), `bundled` (the models of models/) and `encoder` (MiniLM). Every number is one line of
+benchmarks/results/quality.jsonl; a number that is there is not measured again. ASSETS holds weights/ and data/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+
+from rankfold import Record, allocate, calibrate, compress, compress_blocks, find_sites
+from rankfold.calibration import (
+    load_corpus,
+    make_batches,
+    overlap,
+    random_windows,
+    special_tokens,
+    split_windows,
+    summed_loss,
+    token_stream,
+)
+from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.compress import compress_in_rounds, matrix_of, predicted_losses
+from rankfold.factorization import METHODS, SiteMoments, truncated_svd
+from rankfold.measure import circumstances, evaluation_windows
+from rankfold.modules import linear_at
+from rankfold.plan import Plan
+from rankfold.quality import classification_accuracy, next_token_quality
+from rankfold.quality.classification import Labelled
+from rankfold.recovery import recover, refine_blocks, sample_windows
+
+ROOT = Path(__file__).parent.parent
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+BATCH = 32
+REFINE_STEPS = 300
+TRAINING_BATCH = 16
+"""Windows a step of recovery."""
+
+RECOVERY_STEPS = 400
+
+Score = Callable[[Any], tuple[float, float | None]]
+
+
+@dataclass
+class Subject:
+    """A model, what it is calibrated on and how it is scored."""
+
+    name: str
+    quantity: str
+    load: Callable[[], Any]
+    tokenizer: Any
+    windows: Callable[[int, int], Tensor]
+    """Calibration windows: how many, seed."""
+    count: int
+    score: Score
+    labels: str
+    context: dict[str, Any]
+
+    def batches(self, model: Any, seed: int, count: int | None = None) -> list[dict[str, Tensor]]:
+        """Calibration batches of a seed."""
+        return make_batches(model, self.windows(count or self.count, seed), BATCH)
+
+
+# --- one-shot methods ------------------------------------------------------------------------------------------------
+
+
+def one_shot(method: str, allocation: str = "uniform", form: str | None = None) -> Callable[..., float]:
+    """A method of rankfold in one pass over the dense model."""
+
+    def run(subject: Subject, model: Any, keep: float, seed: int) -> float:
+        sites, batches = find_sites(model).select(), subject.batches(model, seed)
+        loss = None
+        if METHODS[method].needs_gradients or allocation == "knapsack":
+            loss = summed_loss(model, subject.labels, seed)
+        if loss is None:
+            plan = allocate(sites, keep=keep, method=method, allocation=allocation, form=form)
+            plan = compress_blocks(model, plan, sites, batches)
+        else:
+            statistics = calibrate(model, sites, batches, loss=loss)
+            losses = predicted_losses(model, sites, statistics, method) if allocation == "knapsack" else None
+            plan = allocate(sites, keep=keep, method=method, allocation=allocation, form=form, losses=losses)
+            plan = compress(model, plan, statistics)
+        return kept(plan, sites)
+
+    return run
+
+
+def in_rounds(rounds: int, drift: float, count: int | None = None, **choice: Any) -> Callable[..., float]:
+    """The default of rankfold, or a part of it."""
+
+    def run(subject: Subject, model: Any, keep: float, seed: int) -> float:
+        sites = find_sites(model).select()
+        settings = {"method": "kfac", "allocation": "knapsack", **choice}
+        labels = settings.pop("labels", subject.labels)
+        plan = compress_in_rounds(
+            model,
+            sites,
+            subject.batches(model, seed, count),
+            loss=summed_loss(model, labels, seed),
+            allocate=lambda losses: allocate(sites, keep=keep, losses=losses, **settings),
+            rounds=rounds,
+            drift=drift,
+        )
+        return kept(plan, sites)
+
+    return run
+
+
+def kept(plan: Plan, sites: Any) -> float:
+    """Share of the sites' parameters that is stored."""
+    return plan.parameters / sum(site.parameters for site in sites)
+
+
+# --- peers, written again from their papers --------------------------------------------------------------------------
+
+
+def asvd(subject: Subject, model: Any, keep: float, seed: int) -> float:
+    """ASVD (arXiv:2312.05821): columns scaled by the root of the mean absolute input, then the plain SVD."""
+    sites = find_sites(model).select()
+    scales: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def take(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1]).abs()
+            scales[name] = scales.get(name, 0) + rows.sum(0)
+            counts[name] = counts.get(name, 0) + len(rows)
+
+        return take
+
+    handles = [linear_at(model, site.name).register_forward_pre_hook(watch(site.name)) for site in sites]
+    with torch.no_grad():
+        for batch in subject.batches(model, seed):
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    plan = allocate(sites, keep=keep, method="svd")
+    for option in plan.factorized:
+        for name in option.sites:
+            linear = linear_at(model, name)
+            scale = (scales[name] / counts[name]).clamp(min=1e-6).sqrt()
+            W, _ = matrix_of(linear)
+            factors = truncated_svd(W * scale, option.ranks[0])
+            linear.weight.data = ((factors.up @ factors.down) / scale).to(linear.weight.dtype)
+    return kept(plan, sites)
+
+
+def aa_svd(subject: Subject, model: Any, keep: float, seed: int) -> float:
+    """AA-SVD's closed form (its objective 4): dense outputs from the compressed prefix's inputs, uniform ranks."""
+    sites, batches = find_sites(model).select(), subject.batches(model, seed)
+    dense = copy.deepcopy(model)
+    plan = allocate(sites, keep=keep, method="whitened")
+    rank_of = {name: option.ranks[0] for option in plan.factorized for name in option.sites}
+    for block in dict.fromkeys(site.block for site in sites):
+        group = [site for site in sites if site.block == block]
+        moments = paired_moments(dense, model, [site.name for site in group], batches)
+        for site in group:
+            cross, second = moments[site.name]
+            if site.name not in rank_of:
+                continue
+            linear = linear_at(model, site.name)
+            W = linear_at(dense, site.name).weight.double()
+            second = second + 1e-6 * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+            target = torch.linalg.solve(second, (W @ cross).T).T
+            _, vectors = torch.linalg.eigh(target @ second @ target.T)
+            U = vectors[:, -rank_of[site.name] :]
+            linear.weight.data = (U @ (U.T @ target)).to(linear.weight.dtype)
+    return kept(plan, sites)
+
+
+@torch.no_grad()
+def paired_moments(
+    dense: Any, model: Any, names: list[str], batches: list[dict[str, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """`E[x x'^T]` and `E[x' x'^T]` of what some sites read in the dense and in the compressed model."""
+    seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    handles = []
+    for owner, place in zip((dense, model), seen, strict=True):
+        for name in names:
+            hook = lambda _, args, name=name, place=place: place.__setitem__(name, args[0])  # noqa: E731
+            handles.append(linear_at(owner, name).register_forward_pre_hook(hook))
+    sums: dict[str, list[Any]] = {name: [0.0, 0.0] for name in names}
+    count = 0
+    for batch in batches:
+        dense(**batch)
+        model(**batch)
+        count += batch["input_ids"].numel()
+        for name in names:
+            x, y = (place[name].reshape(-1, place[name].shape[-1]).double() for place in seen)
+            sums[name][0] = sums[name][0] + x.T @ y
+            sums[name][1] = sums[name][1] + y.T @ y
+    for handle in handles:
+        handle.remove()
+    return {name: (cross / count, second / count) for name, (cross, second) in sums.items()}
+
+
+def basis_sharing(subject: Subject, model: Any, keep: float, seed: int) -> float:
+    """Basis Sharing (arXiv:2410.03765): neighbouring blocks' q, k, v, gate and up share one whitened row basis."""
+    sites = find_sites(model).select()
+    loss = summed_loss(model, subject.labels, seed)
+    statistics = calibrate(model, sites, subject.batches(model, seed), loss=loss)
+    stored = 0
+    blocks = list(dict.fromkeys(site.block for site in sites))
+    for kind in dict.fromkeys(site.kind for site in sites):
+        of_kind = [site for site in sites if site.kind == kind]
+        shared = any(part in kind for part in ("q_proj", "k_proj", "v_proj", "gate", "up_proj"))
+        size = 2 if shared else 1
+        for start in range(0, len(blocks), size):
+            group = [site for site in of_kind if site.block in blocks[start : start + size]]
+            if not group:
+                continue
+            site = group[0]
+            budget = int(keep * sum(s.out_features * s.in_features for s in group))
+            rank = budget // (site.in_features + sum(s.out_features for s in group))
+            rank = max(1, min(rank, site.in_features, sum(s.out_features for s in group)))
+            W = torch.cat([matrix_of(linear_at(model, s.name))[0] for s in group]).double()
+            # One Gram matrix for the group: the sum of the members'.
+            S = sum(_input_moment(statistics[s.name]) for s in group)
+            values, vectors = torch.linalg.eigh(S)
+            root = vectors * values.clamp(min=1e-9 * float(values.max())).sqrt()
+            inverse = (vectors / values.clamp(min=1e-9 * float(values.max())).sqrt()).T
+            U, sigma, Vh = torch.linalg.svd(W @ root, full_matrices=False)
+            product = (U[:, :rank] * sigma[:rank]) @ (Vh[:rank] @ inverse)
+            for s, part in zip(group, product.split([s.out_features for s in group]), strict=True):
+                linear = linear_at(model, s.name)
+                linear.weight.data = part.to(linear.weight.dtype).contiguous()
+            stored += rank * (site.in_features + sum(s.out_features for s in group))
+    return stored / sum(site.parameters for site in sites)
+
+
+def _input_moment(moments: SiteMoments) -> Tensor:
+    assert moments.inputs is not None, "inputs are always measured where gradients are"
+    return moments.inputs.second
+
+
+# --- what a user would take instead ----------------------------------------------------------------------------------
+
+
+def int8(subject: Subject, model: Any, keep: float, seed: int) -> float:
+    """Weight-only INT8 by torchao, one scale a row, of the same layers."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    names = {site.name for site in find_sites(model).select()}
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name in names)
+    return _bits(model, names, 8, rows=True)
+
+
+def nf4(subject: Subject, model: Any, keep: float, seed: int) -> float:
+    """4-bit NormalFloat by bitsandbytes, a float32 scale for 64 weights, of the same layers."""
+    import bitsandbytes.functional as bnb
+
+    names = {site.name for site in find_sites(model).select()}
+    for name in names:
+        linear = linear_at(model, name)
+        # One row: the CPU kernel of some versions misreads the scales of matrices (checked below).
+        flat = linear.weight.data.float().reshape(1, -1).contiguous()
+        packed, state = bnb.quantize_4bit(flat, blocksize=64, quant_type="nf4")
+        restored = bnb.dequantize_4bit(packed, state)
+        error = float((restored - flat).norm() / flat.norm())
+        assert error < 0.15, f"{name}: 4-bit weights are off by {error:.0%}: this build of bitsandbytes is broken"
+        linear.weight.data = restored.reshape(linear.weight.shape).to(linear.weight.dtype)
+    return _bits(model, names, 4 + 32 / 64, rows=False)
+
+
+def _bits(model: Any, names: set[str], bits: float, rows: bool) -> float:
+    """Stored share against 16 bits a weight, scales included."""
+    shapes = [linear_at(model, name).weight.shape for name in names]
+    stored = sum(out * columns * bits + (32 * out if rows else 0) for out, columns in shapes)
+    return float(stored / sum(16 * out * columns for out, columns in shapes))
+
+
+def block_removal(subject: Subject, model: Any, keep: float, seed: int) -> float:
+    """The best whole blocks to leave out, all subsets tried on a sample of the calibration text."""
+    layers = model.model.layers if hasattr(model, "model") else model.transformer.h
+    total, number = len(layers), max(1, round((1 - keep) * len(layers)))
+    sample = subject.windows(16, seed)
+    originals = list(layers)
+
+    def without(chosen: tuple[int, ...]) -> None:
+        rest = [layer for index, layer in enumerate(originals) if index not in chosen]
+        for index, layer in enumerate(rest):
+            (layer.self_attn if hasattr(layer, "self_attn") else layer.attn).layer_idx = index
+        replaced = nn.ModuleList(rest)
+        if hasattr(model, "model"):
+            model.model.layers = replaced
+        else:
+            model.transformer.h = replaced
+        for field in ("num_hidden_layers", "n_layer"):
+            if hasattr(model.config, field):
+                setattr(model.config, field, len(rest))
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[: len(rest)]
+
+    def loss_without(chosen: tuple[int, ...]) -> float:
+        without(chosen)
+        return next_token_quality(model, sample).loss
+
+    best: tuple[int, ...] = ()
+    if total <= 6:
+        best = min(itertools.combinations(range(total), number), key=loss_without)
+    else:
+        for _ in range(number):
+            best = min(((*best, index) for index in range(total) if index not in best), key=loss_without)
+    without(best)
+    return 1 - number / total
+
+
+TRAINING_FREE: dict[str, Callable[..., float]] = {
+    "svd": one_shot("svd"),
+    "asvd": asvd,
+    "lord": one_shot("lord"),
+    "whitened = SVD-LLM": one_shot("whitened"),
+    "basis sharing": basis_sharing,
+    "aa-svd, closed form": aa_svd,
+    "block removal": block_removal,
+    "rankfold": in_rounds(2, 0.5),
+}
+
+PLAIN: dict[str, Callable[..., float]] = {"int8": int8, "nf4": nf4}
+
+ABLATION: dict[str, Callable[..., float]] = {
+    "whitened, uniform, two factors": one_shot("whitened"),
+    "+ pivoted form": one_shot("whitened", form="pivoted"),
+    "+ weighed on both sides (kfac)": one_shot("kfac"),
+    "+ knapsack": in_rounds(0, 0.0),
+    "+ drift correction": in_rounds(0, 0.5),
+    "+ 1 round": in_rounds(1, 0.5),
+    "+ 2 rounds = rankfold": in_rounds(2, 0.5),
+    "3 rounds": in_rounds(3, 0.5),
+    "rankfold without pivoted form": in_rounds(2, 0.5, form="low_rank"),
+    "rankfold without knapsack": in_rounds(2, 0.5, allocation="uniform"),
+    "rankfold without rounds": in_rounds(0, 0.5),
+    "rankfold without drift correction": in_rounds(2, 0.0),
+    "rankfold with all of the drift corrected": in_rounds(2, 1.0),
+    "knapsack alone (whitened, two factors)": one_shot("whitened", "knapsack", "low_rank"),
+    "pivoted + knapsack (whitened)": one_shot("whitened", "knapsack", "pivoted"),
+    "kfac alone (uniform, two factors)": one_shot("kfac", form="low_rank"),
+}
+
+
+# --- subjects --------------------------------------------------------------------------------------------------------
+
+
+def stories(assets: Path) -> tuple[Subject, Tensor]:
+    """stories260K with the split of the design: 70 % of one stream to calibrate and train on, the rest to test."""
+    folder = assets / "weights" / "stories260K"
+    tokenizer = load_tokenizer(folder)
+    text = (assets / "data" / "tinystories" / "tinystories_sample.txt").read_text()
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    cut = int(0.7 * len(ids))
+    test = split_windows(ids[cut:], 256)
+    seen, unseen = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
+    context = circumstances(
+        calibration="256 x 256 tokens of the first 70 % of the TinyStories sample",
+        data="last 30 % of the TinyStories sample",
+        overlap_with_calibration=round(overlap([seen], [unseen]), 4),
+    )
+    subject = Subject(
+        "stories260K",
+        "perplexity",
+        lambda: load_model(folder),
+        tokenizer,
+        lambda count, seed: random_windows(ids[:cut], count, 256, seed),
+        256,
+        perplexity_of(test),
+        "text",
+        context,
+    )
+    return subject, ids[:cut]
+
+
+def bundled(name: str) -> Subject:
+    """A model of models/: calibrated on the bundled sample, measured on held-out Python."""
+    folder = ROOT / "models" / name
+    tokenizer = load_tokenizer(folder)
+    corpus, held_out = load_corpus("bundled:calibration"), load_corpus("bundled:python-held-out")
+    stream = token_stream(tokenizer, corpus.texts)
+    context = circumstances(
+        calibration="bundled:calibration, 128 x 256 tokens",
+        data=held_out.name,
+        overlap_with_calibration=round(overlap(corpus.texts, held_out.texts), 4),
+    )
+    return Subject(
+        name,
+        "perplexity",
+        lambda: load_model(folder, dtype=torch.float32),
+        tokenizer,
+        lambda count, seed: random_windows(stream, count, 256, seed),
+        128,
+        perplexity_of(evaluation_windows(tokenizer, held_out, 256, 256)),
+        "text",
+        context,
+    )
+
+
+def minilm(assets: Path) -> Subject:
+    """all-MiniLM-L6-v2 with the SST-2 head: accuracy on the 872 validation rows; labels drawn from the model."""
+    folder = assets / "weights" / "all-MiniLM-L6-v2"
+    tokenizer = load_tokenizer(folder)
+    head = load_file(assets / "weights" / "all-MiniLM-L6-v2-sst2-head" / "delta.safetensors")
+
+    def load() -> Any:
+        model = BertForSequenceClassification.from_pretrained(folder, num_labels=2)
+        model.load_state_dict(head, strict=False)
+        return model.eval()
+
+    with gzip.open(assets / "data" / "sst2" / "sst2_validation.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    labelled = Labelled([row["sentence"] for row in rows], [row["label"] for row in rows])
+
+    def score(model: Any) -> tuple[float, float | None]:
+        accuracy = classification_accuracy(model, tokenizer, labelled)
+        return accuracy.value, accuracy.error
+
+    stream = token_stream(tokenizer, load_corpus(assets / "data" / "wikitext2" / "wiki.valid.tokens").texts)
+    frame = special_tokens(tokenizer)
+    context = circumstances(calibration="WikiText-2 validation, 128 x 64 tokens", data="SST-2 validation")
+    return Subject(
+        "MiniLM-L6 + SST-2",
+        "accuracy",
+        load,
+        tokenizer,
+        lambda count, seed: random_windows(stream, count, 64, seed, *frame),
+        128,
+        score,
+        "sampled",
+        context,
+    )
+
+
+def perplexity_of(windows: Tensor) -> Score:
+    """Perplexity and its standard error over windows."""
+
+    def score(model: Any) -> tuple[float, float | None]:
+        quality = next_token_quality(model, windows, batch_size=BATCH)
+        return quality.perplexity, quality.perplexity_error
+
+    return score
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """The results file: what stands there is not measured again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return any(
+            (r.subject, r.context["part"], r.context["row"], r.context["keep"], r.context["seed"]) == key
+            for r in map(Record.from_json, self.path.read_text().splitlines())
+        )
+
+    def add(
+        self, subject: Subject, part: str, row: str, keep: float, seed: int, run: Callable[[], tuple[Any, float]]
+    ) -> None:
+        """Measure one number, unless it is there."""
+        if (subject.name, part, row, keep, seed) in self:
+            return
+        start = time.perf_counter()
+        model, stored = run()
+        seconds = time.perf_counter() - start
+        value, error = subject.score(model)
+        context = subject.context | {
+            "part": part,
+            "row": row,
+            "keep": keep,
+            "seed": seed,
+            "stored": round(stored, 4),
+            "seconds": round(seconds, 1),
+        }
+        record = Record(
+            subject=subject.name, name=subject.quantity, value=value, unit="1", error=error, context=context
+        )
+        with self.path.open("a") as file:
+            file.write(record.to_json() + "\n")
+        print(f"{subject.name} | {part} | {row} | keep {keep} | seed {seed}: {value:.4g} ({seconds:.0f} s)", flush=True)
+
+
+def rows(
+    results: Results,
+    subject: Subject,
+    part: str,
+    table: dict[str, Callable[..., float]],
+    keeps: tuple[float, ...],
+    seeds: tuple[int, ...] = (0,),
+) -> None:
+    """Every row of a table at every keep and seed."""
+    for seed, (row, method), keep in itertools.product(seeds, table.items(), keeps):
+
+        def run(method: Callable[..., float] = method, keep: float = keep, seed: int = seed) -> tuple[Any, float]:
+            model = subject.load()
+            return model, method(subject, model, keep, seed)
+
+        results.add(subject, part, row, keep, seed, run)
+
+
+def dense_row(results: Results, subject: Subject) -> None:
+    """The model as it is, and what plain quantization makes of it."""
+    results.add(subject, "plain", "dense", 1.0, 0, lambda: (subject.load(), 1.0))
+    rows(results, subject, "plain", PLAIN, (1.0,))
+
+
+class Training:
+    """Block refinement and recovery of one subject, every start computed once."""
+
+    def __init__(self, subject: Subject, stream: Tensor, steps: int) -> None:
+        self.subject, self.steps = subject, steps
+        self.teacher = subject.load()
+        cut = int(0.9 * len(stream))
+        made = sample_windows(self.teacher, subject.tokenizer, 4096 + 64, 256, seed=0)
+        self.texts = {
+            "given text": (random_windows(stream[:cut], 4096, 256, seed=100), split_windows(stream[cut:], 256)),
+            "generated text": (made[:-64], made[-64:]),
+        }
+        self._starts: dict[tuple[str, float], tuple[Any, float]] = {}
+
+    def start(self, row: str, keep: float) -> tuple[Any, float]:
+        """A compressed model, refined where the row says so, and what it stores."""
+        if (row, keep) not in self._starts:
+            model = self.subject.load()
+            dense = {site.name: linear_at(model, site.name) for site in find_sites(model).select()}
+            method = row.removesuffix(REFINED)
+            stored = (TRAINING_FREE | PLAIN)[method](self.subject, model, keep, 0)
+            if row.endswith(REFINED):
+                refine_blocks(model, make_batches(model, self.subject.windows(1024, 0), 16), dense, steps=REFINE_STEPS)
+            self._starts[row, keep] = model, stored
+        model, stored = self._starts[row, keep]
+        return copy.deepcopy(model), stored
+
+    def recovered(self, row: str, keep: float, text: str) -> tuple[Any, float]:
+        """The same after recovery on a text."""
+        model, stored = self.start(row, keep)
+        windows, held_out = self.texts[text]
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder) / "work"
+            recover(model, self.teacher, windows, held_out, work=work, steps=self.steps, batch_size=TRAINING_BATCH)
+        return model, stored
+
+
+REFINED = " + refinement"
+
+
+TRAINED = (
+    ("rankfold", None),
+    ("rankfold" + REFINED, None),
+    ("rankfold" + REFINED, "given text"),
+    ("rankfold" + REFINED, "generated text"),
+    ("lord", None),
+    ("lord", "given text"),
+    ("block removal", None),
+    ("block removal", "given text"),
+    ("rankfold", "given text"),
+    ("lord" + REFINED, None),
+    ("lord" + REFINED, "given text"),
+)
+"""What is trained, and the text of its recovery."""
+
+
+def trained(results: Results, training: Training, keeps: tuple[float, ...]) -> None:
+    """Refinement, then recovery; peers with the same refinement and the same recovery."""
+    for (row, text), keep in itertools.product(TRAINED, keeps):
+
+        def run(row: str = row, text: str | None = text, keep: float = keep) -> tuple[Any, float]:
+            return training.start(row, keep) if text is None else training.recovered(row, keep, text)
+
+        results.add(training.subject, "trained", row if text is None else f"{row} + KL on {text}", keep, 0, run)
+
+
+def parts(results: Results, arguments: argparse.Namespace) -> Iterator[str]:
+    """The parts that were asked for, one after the other."""
+    wanted = arguments.part
+    if arguments.assets:
+        subject, stream = stories(arguments.assets)
+        if "grid" in wanted:
+            dense_row(results, subject)
+            rows(results, subject, "grid", TRAINING_FREE, KEEPS, tuple(range(arguments.seeds)))
+            yield "grid"
+        if "ablation" in wanted:
+            rows(results, subject, "ablation", ABLATION, (0.8, 0.6))
+            yield "ablation"
+        if "tokens" in wanted:
+            sizes = {f"{n} sequences": in_rounds(2, 0.5, n) for n in (64, 256, 1024)}
+            rows(results, subject, "tokens", sizes, (0.8, 0.6))
+            yield "tokens"
+        if "labels" in wanted:
+            kinds = {"labels sampled": in_rounds(2, 0.5, labels="sampled")}
+            rows(results, subject, "labels", kinds, (0.8, 0.6), (0, 1, 2))
+            yield "labels"
+        if "trained" in wanted:
+            trained(results, Training(subject, stream, arguments.steps), (0.8, 0.6))
+            yield "trained"
+        if "encoder" in wanted:
+            encoder = minilm(arguments.assets)
+            dense_row(results, encoder)
+            table = {
+                row: method for row, method in TRAINING_FREE.items() if row not in ("block removal", "basis sharing")
+            }
+            rows(results, encoder, "grid", table, (0.8, 0.6))
+            yield "encoder"
+    if "bundled" in wanted:
+        for name in ("pycode-llama", "pycode-starcoder"):
+            model = bundled(name)
+            dense_row(results, model)
+            table = {row: method for row, method in TRAINING_FREE.items() if row not in ("basis sharing",)}
+            rows(results, model, "grid", table, (0.8, 0.6))
+        yield "bundled"
+
+
+PARTS = ("grid", "ablation", "tokens", "labels", "trained", "encoder", "bundled")
+
+
+def main() -> None:
+    """Measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", type=Path, help="folder with weights/ and data/")
+    parser.add_argument("--part", nargs="*", default=PARTS, choices=PARTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=RECOVERY_STEPS, help="steps of recovery")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.jsonl")
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    for part in parts(Results(arguments.output), arguments):
+        print(f"{part}: done")
+
+
+if __name__ == "__main__":
+    main()

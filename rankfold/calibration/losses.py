@@ -1,0 +1,103 @@
+"""Losses whose gradients weigh a layer's outputs: of the text's own labels, or of labels drawn from the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+LABELS = ("text", "sampled")
+"""Where labels come from: the text itself (empirical Fisher matrix), or the model (the Fisher matrix)."""
+
+Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
+"""A scalar from a model's output and the batch that it read."""
+
+IGNORED = -100
+"""The label of positions that are not scored, as everywhere in transformers."""
+
+
+def summed_loss(model: Any, labels: str = "text", seed: int = 0) -> Loss:
+    """The loss of a model summed over everything that it predicts, so that each token's gradient has its own scale.
+
+    Decoders are scored on the next token, classifiers on the class of each sequence, masked language models on
+    the positions that carry a label (`masked_batches`) or on all. A bare encoder predicts nothing, and a single
+    score has no alternative: such outputs are probed in random directions, which weighs their squared error.
+
+    Args:
+        model: A transformers model.
+        labels: `text` reads the batch's `labels`, or its own next tokens; `sampled` draws from the model's
+            distribution and needs none.
+        seed: Seed of what is drawn.
+
+    Raises:
+        ValueError: If `labels` is unknown; when called, if `text` is asked for and the batch carries no labels.
+    """
+    if labels not in LABELS:
+        raise ValueError(f"Labels must be `text` or `sampled`, but got {labels!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    shifted = bool(model.can_generate())
+    encoder_decoder = model.config.is_encoder_decoder
+
+    def loss(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        logits = getattr(output, "logits", None)
+        if logits is None and getattr(output, "start_logits", None) is not None:
+            # Answers are spans: the first and the last token are drawn, each from all tokens.
+            logits = torch.stack([output.start_logits, output.end_logits])
+        if logits is None or logits.shape[-1] == 1:
+            values: Tensor = output.last_hidden_state if logits is None else logits
+            return (values.float() * torch.randn(values.shape, generator=generator).to(values.device)).sum()
+        targets = batch.get("labels")
+        if shifted and (targets is None or not encoder_decoder):
+            ids = batch["decoder_input_ids" if encoder_decoder else "input_ids"]
+            logits, targets = logits[:, :-1], (ids if targets is None else targets)[:, 1:]
+        scores = logits.float().flatten(0, -2)
+        if labels == "sampled":
+            return _cross_entropy(scores, _drawn(scores, None if targets is None else targets.flatten(), generator))
+        if targets is None:
+            raise ValueError(
+                f"The loss of a {type(model).__name__} needs labels in its batches, but they hold {sorted(batch)}. "
+                "Add them, or draw them from the model: labels='sampled'."
+            )
+        return _cross_entropy(scores, targets.flatten())
+
+    return loss
+
+
+def _cross_entropy(scores: Float[Tensor, "rows classes"], targets: Int[Tensor, " rows"]) -> Tensor:
+    return F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _drawn(
+    scores: Float[Tensor, "rows classes"], targets: Int[Tensor, " rows"] | None, generator: torch.Generator
+) -> Int[Tensor, " rows"]:
+    """Labels from the model's own distribution, at the positions that are scored."""
+    probabilities = scores.detach().softmax(-1).cpu()
+    drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(scores.device)
+    return drawn if targets is None else torch.where(targets == IGNORED, targets, drawn)
+
+
+def masked_batches(
+    batches: Iterable[Mapping[str, Tensor]], mask_token: int, keep: Iterable[int] = (), seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Batches for a masked language model: 15 % of the tokens replaced by the mask and scored, as in its training.
+
+    Args:
+        batches: Batches with `input_ids`.
+        mask_token: Id of the mask.
+        keep: Ids that are never masked, such as those that frame a sequence.
+        seed: Seed of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.tensor(sorted(keep), dtype=torch.long)
+    result = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        chosen = (torch.rand(ids.shape, generator=generator) < 0.15).to(ids.device)
+        chosen &= ~torch.isin(ids, kept.to(ids.device))
+        labels = torch.where(chosen, ids, IGNORED)
+        result.append({**batch, "input_ids": torch.where(chosen, mask_token, ids), "labels": labels})
+    return result

@@ -1,0 +1,16 @@
+"""A plan is carried out: sites become factorized modules, once or in rounds, and are corrected for drift."""
+
+from rankfold.compress.drift import correct_drift
+from rankfold.compress.replace import compress, compress_blocks, factorized_module, matrix_of, predicted_losses
+from rankfold.compress.rounds import compress_in_rounds, restore
+
+__all__ = [
+    "compress",
+    "compress_blocks",
+    "compress_in_rounds",
+    "correct_drift",
+    "factorized_module",
+    "matrix_of",
+    "predicted_losses",
+    "restore",
+]

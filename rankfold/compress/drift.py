@@ -1,0 +1,188 @@
+"""Drift: a layer of a compressed model reads other inputs than the dense one did, and is fitted to them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rankfold.calibration import BlockStep, walk_blocks
+from rankfold.compress.replace import factorized_module, matrix_of
+from rankfold.factorization import Ordered
+from rankfold.modules import linear_at, put
+from rankfold.plan import DENSE, Option, Plan
+from rankfold.sites import Site
+
+DAMPING = 1e-3
+"""Share of the mean input power at which a direction is too weak to be corrected."""
+
+
+def correct_drift(  # noqa: PLR0913
+    model: Any,
+    sites: Sequence[Site],
+    plan: Plan,
+    batches: Sequence[Mapping[str, Tensor]],
+    dense: Mapping[str, nn.Module],
+    ordered: Mapping[str, Ordered],
+    *,
+    share: float = 0.5,
+    on_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Fit every site to what the compressed model feeds it, layer after layer, in place.
+
+    Two streams walk side by side, one through the dense blocks and one through the compressed ones. Each site's
+    target is the dense output: `W x` is predicted from the drifted input `x'` by `W C S'^-1` with
+    `C = E[x x'^T]` (docs/mathematics.md, eq. 10), and this matrix is projected onto the site's factors in place
+    of `W`. The full correction overfits the drift of the calibration text; half of it is best on held-out text.
+
+    Layers that not every token reaches, and those that a pass calls repeatedly, are left alone.
+
+    Args:
+        model: The model, its compressed modules in place.
+        sites: Its sites.
+        plan: What was carried out.
+        batches: Calibration batches.
+        dense: The dense layer of every site.
+        ordered: The factorization of every site.
+        share: How much of the correction is applied, 0 to 1.
+        on_batch: Called after each batch has passed a block.
+    """
+    option_of = {name: option for option in plan.options for name in option.sites}
+    compressed = {name: linear_at(model, name) for name in dense}
+    by_block: dict[str | None, list[Site]] = {}
+    for site in sites:
+        by_block.setdefault(site.block, []).append(site)
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), closing(_both(model, base, read, dense, compressed, on_batch)) as steps:
+            for straight, drifted in steps:
+                group_of: dict[str, list[Site]] = {}
+                for site in by_block.get(prefix + straight.path, ()):
+                    if site.calls == 1:
+                        group_of.setdefault(site.reads, []).append(site)
+                for group in group_of.values():
+                    streams = _streams(model, group[0].name, (straight, drifted), (dense, compressed), on_batch)
+                    if streams is None:
+                        continue
+                    for site in group:
+                        option = option_of[site.name]
+                        W, bias = matrix_of(dense[site.name])
+                        correction = share * streams.correction(W, centred=bias is not None)
+                        module = _corrected(
+                            dense[site.name], option, ordered.get(site.name), correction, streams, share
+                        )
+                        compressed[site.name] = module
+    finally:
+        put(model, compressed)
+        model.train(training)
+
+
+class _Streams(NamedTuple):
+    """Moments of what one site reads in the dense and in the compressed model."""
+
+    cross: Float[Tensor, "in in"]
+    """`E[x x'^T]`."""
+    second: Float[Tensor, "in in"]
+    """`E[x' x'^T]`."""
+    mean: Float[Tensor, " in"]
+    drifted_mean: Float[Tensor, " in"]
+
+    def correction(self, weight: Float[Tensor, "out in"], centred: bool) -> Float[Tensor, "out in"]:
+        """What to add to a weight so that it predicts the dense output from drifted inputs."""
+        cross, second = self.cross, self.second
+        if centred:
+            cross = cross - torch.outer(self.mean, self.drifted_mean)
+            second = second - torch.outer(self.drifted_mean, self.drifted_mean)
+        damping = DAMPING * second.diagonal().mean().clamp(min=torch.finfo(second.dtype).tiny)
+        second = second + damping * torch.eye(len(second), dtype=second.dtype, device=second.device)
+        shift = torch.linalg.solve(second, (cross - second + damping * torch.eye(len(second)).to(second)).T).T
+        corrected: Tensor = (weight.double() @ shift).to(weight.dtype)
+        return corrected
+
+
+def _both(
+    model: Any,
+    base: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    dense: Mapping[str, nn.Module],
+    compressed: Mapping[str, nn.Module],
+    on_batch: Callable[[], None],
+) -> Generator[tuple[BlockStep, BlockStep]]:
+    """Two walks over one model whose layers are exchanged between them."""
+    put(model, dense)
+    with (
+        closing(walk_blocks(base, batches, on_batch)) as first,
+        closing(walk_blocks(base, batches, on_batch)) as second,
+    ):
+        for straight, drifted in zip(first, second, strict=True):
+            yield straight, drifted
+            put(model, dense)
+            straight.run()
+            put(model, compressed)
+            drifted.run()
+
+
+def _streams(
+    model: Any,
+    name: str,
+    steps: tuple[BlockStep, BlockStep],
+    layers: tuple[Mapping[str, nn.Module], Mapping[str, nn.Module]],
+    on_batch: Callable[[], None],
+) -> _Streams | None:
+    """Run the block on both streams and compare what one layer reads; nothing where the rows do not correspond."""
+    block = steps[0].path
+    inside = [{n: m for n, m in side.items() if f".{block}." in f".{n}"} for side in layers]
+    seen: list[Tensor] = []
+    sums: list[Any] = [0.0, 0.0, 0.0, 0.0]
+    count = 0
+    for calls in zip(*(step.calls for step in steps), strict=True):
+        seen.clear()
+        for call, modules in zip(calls, inside, strict=True):
+            put(model, modules)
+            hook = modules[name].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            call.module(*call.args, **call.kwargs)
+            hook.remove()
+        call = calls[0]
+        hidden = call.args[0] if call.args else call.kwargs["hidden_states"]
+        if [x.numel() // x.shape[-1] for x in seen] != 2 * [hidden.shape[:-1].numel()]:
+            return None
+        x, y = (rows.reshape(-1, rows.shape[-1]).float() for rows in seen)
+        count += len(x)
+        for index, part in enumerate((x.T @ y, y.T @ y, x.sum(0), y.sum(0))):
+            sums[index] = sums[index] + part.double()
+        on_batch()
+    return _Streams(*(total / count for total in sums))
+
+
+def _corrected(
+    linear: Any, option: Option, ordered: Ordered | None, correction: Tensor, streams: _Streams, share: float
+) -> nn.Module:
+    """The layer in its form, for the corrected weight; a bias keeps the mean output."""
+    W, b = matrix_of(linear)
+    kept = W + correction
+    if option.form == DENSE or ordered is None:
+        module = copy.deepcopy(linear)
+        module.weight.copy_(kept.T if type(linear).__name__ == "Conv1D" else kept)
+        product = kept
+    else:
+        factors = ordered.truncate(W, None, option.ranks[0], correction)
+        product = factors.up @ factors.down
+        module = None
+    if b is not None:
+        aim = share * streams.mean + (1 - share) * streams.drifted_mean
+        b = b + (W.double() @ aim - product.double() @ streams.drifted_mean).to(b.dtype)
+    if module is not None:
+        if b is not None:
+            module.bias.copy_(b)
+        return module  # type: ignore[no-any-return]
+    module = factorized_module(factors._replace(bias=b), option.form, linear.weight.dtype)
+    return module.requires_grad_(linear.weight.requires_grad)

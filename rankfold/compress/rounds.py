@@ -1,0 +1,129 @@
+"""Compression in rounds: the statistics are measured again on the compressed model, and the ranks chosen anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.architectures import release
+from rankfold.calibration import Loss, calibrate_blocks
+from rankfold.compress.drift import correct_drift
+from rankfold.compress.replace import factorized_module, finish, matrix_of, split_off
+from rankfold.factorization import Ordered, SiteMoments, ordered_kfac
+from rankfold.modules import linear_at, use_eager_experts
+from rankfold.plan import DENSE, Option, Plan
+from rankfold.sites import Site
+
+Allocate = Callable[[Mapping[str, Sequence[float]]], Plan]
+"""From the predicted loss of every site at each rank to a plan."""
+
+
+def compress_in_rounds(  # noqa: PLR0913
+    model: Any,
+    sites: Sequence[Site],
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    loss: Loss,
+    allocate: Allocate,
+    rounds: int = 2,
+    drift: float = 0.5,
+    on_batch: Callable[[], None] = lambda: None,
+) -> Plan:
+    """Compress a model in place by two-sided weighting, measuring anew what the compression has changed.
+
+    The first round's moments belong to the dense model. Compressed, the model sees other inputs and other
+    gradients; every further round measures those, and factorizes the dense weights again with them. At last the
+    layers are corrected for the drift of their inputs (`correct_drift`). All of it is closed-form.
+
+    Args:
+        model: A transformers model; its dense weights stay in memory beside the compressed ones until the end.
+        sites: What may be factorized.
+        batches: Calibration batches on the model's device.
+        loss: Whose gradients weigh the outputs (`rankfold.calibration.summed_loss`).
+        allocate: Chooses the plan of a round, usually `rankfold.allocate` with a budget.
+        rounds: Rounds after the first.
+        drift: Share of the drift that is corrected, 0 to 1.
+        on_batch: Called after each batch has passed a block.
+
+    Returns:
+        The plan as it was carried out.
+
+    Raises:
+        ValueError: If a weight, an activation or a gradient is not finite, or the budget cannot be met.
+    """
+    batches = list(batches)
+    dense: dict[str, nn.Module] = {}
+    ordered: dict[str, Ordered] = {}
+    plan = None
+    for _ in range(rounds + 1):
+        for block in calibrate_blocks(model, sites, batches, on_batch, loss):
+            for name, moments in block.moments.items():
+                dense.setdefault(name, linear_at(model, name))
+                if _reached(moments):
+                    ordered[name] = _decompose(name, dense[name], moments)
+        plan = allocate({name: found.losses.tolist() for name, found in ordered.items()})
+        plan = _carry_out(model, plan, dense, ordered)
+    assert plan is not None, "there is at least one round"
+    if drift:
+        correct_drift(model, sites, plan, batches, dense, ordered, share=drift, on_batch=on_batch)
+    return finish(model, replace(plan, calibration={**plan.calibration, "rounds": rounds, "drift": drift}))
+
+
+def restore(model: Any, dense: Mapping[str, nn.Module], earlier: Mapping[str, Any] | None = None) -> None:
+    """Put dense layers back, in place, for another try with another budget.
+
+    Args:
+        model: A model that was compressed.
+        dense: The layers that stood where its factorized ones stand.
+        earlier: The plan in its configuration before, if it had been compressed already.
+    """
+    for name, module in dense.items():
+        linear_at(model, name)
+        model.set_submodule(name, module)
+    use_eager_experts(model)
+    if earlier is None:
+        release(model)
+    else:
+        model.config.rankfold = dict(earlier)
+
+
+def _reached(moments: SiteMoments) -> bool:
+    """Whether anything is known of a site: tokens passed it, and a gradient came back."""
+    if moments.inputs is None or not moments.inputs.vectors or moments.gradients is None:
+        return False
+    return bool(moments.gradients.second.any())
+
+
+@torch.no_grad()
+def _decompose(name: str, linear: nn.Module, moments: SiteMoments) -> Ordered:
+    """The optimum of every rank of one site, kept in the precision of the weight."""
+    W, b = matrix_of(linear)
+    try:
+        found = ordered_kfac(W, b, moments)
+    except ValueError as error:
+        error.args = (f"{name}: {error}",)
+        raise
+    up, down, reader = (part.to(W.dtype) for part in (found.up, found.down, found.reader))
+    return found._replace(up=up, down=down, reader=reader)
+
+
+@torch.no_grad()
+def _carry_out(model: Any, plan: Plan, dense: Mapping[str, nn.Module], ordered: Mapping[str, Ordered]) -> Plan:
+    """Put the modules of a plan in place; sites without statistics stay dense."""
+    options: list[Option] = []
+    for option in plan.options:
+        unreached = [name for name in option.sites if name not in ordered and option.form != DENSE]
+        for name in option.sites:
+            linear: Any = dense[name]
+            if option.form == DENSE or name in unreached:
+                model.set_submodule(name, linear)
+                continue
+            factors = ordered[name].truncate(*matrix_of(linear), option.ranks[0])
+            module = factorized_module(factors, option.form, linear.weight.dtype)
+            model.set_submodule(name, module.requires_grad_(linear.weight.requires_grad))
+        options.extend(split_off(model, option, unreached))
+    return replace(plan, options=tuple(options))

@@ -1,0 +1,362 @@
+"""One call from a budget in the user's words to a compressed model: statistics, ranks, factors, refinement."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from rankfold.allocation import ALLOCATIONS, BudgetError, allocate
+from rankfold.calibration import Corpus, calibration_windows, make_batches, masked_batches, summed_loss
+from rankfold.compress import compress, compress_blocks, compress_in_rounds, restore
+from rankfold.factorization import METHODS
+from rankfold.modules import linear_at, use_eager_experts
+from rankfold.plan import Plan
+from rankfold.quality import next_token_quality
+from rankfold.recovery import refine_blocks
+from rankfold.sites import Site
+
+Stage = Callable[[str, int], Callable[[], None]]
+"""Opens a stage of work with a title and a number of steps; what it returns is called after each step."""
+
+ROUNDS = 2
+"""Rounds after the first in which statistics are measured again."""
+
+DRIFT = 0.5
+"""Share of the drift that is corrected."""
+
+SEARCH_STEPS = 6
+"""Halvings of the interval in which `keep` is searched for a limit on the loss."""
+
+HELD_OUT = 32
+"""Windows at the end of the calibration text that are kept for verifying a limit on the loss."""
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from what a person writes.
+
+    Raises:
+        ValueError: If it is no number with a unit.
+
+    >>> parse_bytes("9GB"), parse_bytes("1.5 MiB")
+    (9000000000, 1572864)
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
+    if not match or match[2].lower() not in _UNITS or match[1].count(".") > 1 or match[1] == ".":
+        raise ValueError(f"Bytes must be a number and a unit, such as 9GB or 700MiB, but got {text!r}.")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the user allows: exactly one of these."""
+
+    keep: float | None = None
+    """Fraction of the sites' parameters."""
+    bytes: int | None = None
+    """Bytes of the whole model."""
+    max_loss_increase: float | None = None
+    """Rise of the loss on held-out text, in nats per token."""
+    rank: int | None = None
+
+    @classmethod
+    def of(cls, *, keep: float | None, bytes_: str | None, max_loss_increase: float | None, rank: int | None) -> Budget:
+        """A budget from the options of the command line.
+
+        Raises:
+            ValueError: If more than one is given, or one is out of range.
+        """
+        given = {"--keep": keep, "--bytes": bytes_, "--max-loss-increase": max_loss_increase, "--rank": rank}
+        named = [name for name, value in given.items() if value is not None]
+        if len(named) > 1:
+            raise ValueError(f"A budget is one of {', '.join(given)}, but got {' and '.join(named)}. Choose one.")
+        if max_loss_increase is not None and max_loss_increase <= 0:
+            raise ValueError(f"--max-loss-increase must be above 0 nats per token, but got {max_loss_increase:g}.")
+        if keep is not None and not 0 < keep <= 1:
+            raise ValueError(f"--keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
+        stored = None if bytes_ is None else parse_bytes(bytes_)
+        return cls(keep if named else 0.8, stored, max_loss_increase, rank)
+
+    def keep_of(self, model: Any, sites: Sequence[Site]) -> float | None:
+        """The fraction of the sites' bytes (or parameters) that this budget leaves; `None` where it must be searched.
+
+        Raises:
+            ValueError: If what is not factorized alone needs more.
+        """
+        if self.bytes is None:
+            return self.keep
+        dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
+        rest = int(sum(p.numel() * p.element_size() for p in model.parameters())) - dense
+        if self.bytes <= rest:
+            raise ValueError(
+                f"{self.bytes:,} bytes cannot hold the model: what is not factorized, such as its embeddings, needs "
+                f"{rest:,} bytes. Raise --bytes."
+            )
+        return min(1.0, (self.bytes - rest) / dense)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is compressed."""
+
+    method: str = "kfac"
+    allocation: str | None = None
+    multiple: int = 1
+    refine: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names before any work is done."""
+        allocation = self.allocation or "knapsack"
+        for what, value, known in (("method", self.method, METHODS), ("allocation", allocation, ALLOCATIONS)):
+            if value not in known:
+                raise ValueError(f"--{what} must be one of {', '.join(known)}, but got {value!r}.")
+        if self.allocation == "knapsack" and not METHODS[self.method].needs_gradients:
+            raise ValueError(f"--allocation knapsack needs predicted losses, which {self.method} has not: use kfac.")
+
+    def ranks_by(self, budget: Budget) -> str:
+        """The allocation, by default the one that suits method and budget."""
+        shares_out = METHODS[self.method].needs_gradients and budget.rank is None
+        return self.allocation or ("knapsack" if shares_out else "uniform")
+
+    def needs_text(self, budget: Budget) -> bool:
+        """Whether anything is measured on text."""
+        return METHODS[self.method].needs_data or self.refine > 0 or budget.max_loss_increase is not None
+
+    def check(self, model: Any, sites: Sequence[Site], budget: Budget) -> None:
+        """Whether the model can be compressed in this way, asked before anything is measured.
+
+        Raises:
+            ValueError: If the budget is out of reach, or a limit on the loss is asked for and the model has no
+                next-token loss.
+        """
+        if budget.max_loss_increase is None:
+            even = {site.name: [1.0] * min(site.out_features, site.in_features) + [0.0] for site in sites}
+            choice: dict[str, Any] = {"keep": budget.keep_of(model, sites), "rank": budget.rank}
+            choice |= {"method": self.method, "allocation": self.ranks_by(budget), "multiple": self.multiple}
+            allocate(sites, **choice, losses=even)
+        causal = model.can_generate() and not model.config.is_encoder_decoder
+        if budget.max_loss_increase is not None and not causal:
+            raise ValueError(
+                f"--max-loss-increase is measured on the next-token loss, which a {type(model).__name__} has not. "
+                "Give --keep or --bytes."
+            )
+
+
+class Text(NamedTuple):
+    """What a compression reads."""
+
+    windows: Int[Tensor, "windows length"]
+    held_out: Int[Tensor, "windows length"] | None
+    facts: Mapping[str, Any]
+    mask_token: int | None = None
+    special: tuple[int, ...] = ()
+
+
+def read_text(
+    model: Any,
+    tokenizer: Any,
+    corpus: Corpus,
+    settings: Settings,
+    budget: Budget,
+    *,
+    sequences: int,
+    length: int,
+) -> Text:
+    """Windows of a corpus to calibrate on, and others to verify a limit on the loss where one is asked for.
+
+    Raises:
+        ValueError: If the corpus is too short.
+    """
+    held_out = HELD_OUT if budget.max_loss_increase is not None else 0
+    windows, held, facts = calibration_windows(
+        model, tokenizer, corpus, sequences=sequences, length=length, seed=settings.seed, held_out=held_out
+    )
+    masked = "MaskedLM" in type(model).__name__ and tokenizer.mask_token_id is not None
+    return Text(windows, held, facts, tokenizer.mask_token_id if masked else None, tuple(tokenizer.all_special_ids))
+
+
+def compress_within(
+    model: Any,
+    sites: Sequence[Site],
+    budget: Budget,
+    settings: Settings,
+    text: Text | None,
+    *,
+    stage: Stage,
+    work: Path | None = None,
+) -> Plan:
+    """Compress a model in place, within a budget.
+
+    Args:
+        model: The dense model.
+        sites: What may be factorized.
+        budget: What is allowed.
+        settings: How.
+        text: What it reads, where the method or the budget needs it.
+        stage: Opens a stage of work, for progress bars.
+        work: Folder in which refined blocks are kept, so that a killed run goes on.
+
+    Returns:
+        The plan as it was carried out.
+
+    Raises:
+        ValueError: If the budget cannot be met, or something that was read is not finite.
+    """
+    batches = [] if text is None else make_batches(model, text.windows)
+    if text is not None and text.mask_token is not None:
+        batches = masked_batches(batches, text.mask_token, text.special, settings.seed)
+    if settings.refine and (len(batches) < 2 or any(site.calls > 1 for site in sites)):
+        raise ValueError(
+            f"Refinement needs at least two batches of calibration text, but got {len(batches)}, and blocks that a "
+            "pass applies once. Raise --sequences, or leave --refine out."
+        )
+    dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
+    use_eager_experts(model)
+    digest = _digest(model)
+
+    def attempt(keep: float | None, title: str) -> Plan:
+        choice: dict[str, Any] = {"keep": keep, "rank": budget.rank}
+        choice |= {"method": settings.method, "allocation": settings.ranks_by(budget), "multiple": settings.multiple}
+        choice |= {"seed": settings.seed}
+        if choice["allocation"] == "knapsack":
+            choice["price"] = "bytes" if budget.bytes is not None else "parameters"
+        return _attempt(model, sites, choice, settings, text, batches, lambda name, steps: stage(title + name, steps))
+
+    if budget.max_loss_increase is None:
+        plan = attempt(budget.keep_of(model, sites), "")
+    else:
+        assert text is not None, "a limit on the loss is verified on text"
+        plan = _search(model, dense, attempt, text, budget.max_loss_increase, stage)
+    if settings.refine:
+        advance = stage("refining blocks", settings.refine * len({site.block for site in sites if site.block}))
+        chosen = [(option.sites, option.form, option.ranks) for option in plan.options]
+        folder = None if work is None else work / fingerprint(digest, chosen, asdict(settings), batches)
+        refine_blocks(model, batches, dense, steps=settings.refine, seed=settings.seed, work=folder, on_step=advance)
+        plan = _note(model, plan, {"refine": settings.refine})
+        if text is not None and text.held_out is not None and "measured_increase" in plan.calibration:
+            rise = next_token_quality(model, text.held_out).loss - plan.calibration["dense_loss"]
+            plan = _note(model, plan, {"measured_increase": round(rise, 5)})
+    return plan
+
+
+def _attempt(
+    model: Any,
+    sites: Sequence[Site],
+    choice: Mapping[str, Any],
+    settings: Settings,
+    text: Text | None,
+    batches: list[dict[str, Tensor]],
+    stage: Stage,
+) -> Plan:
+    """Compress once."""
+    facts = {} if text is None else dict(text.facts)
+    method = METHODS[settings.method]
+    blocks = len({site.block for site in sites if site.block})
+    if method.needs_gradients:
+        assert text is not None, "this method reads text"
+        labels = "text" if model.can_generate() or text.mask_token is not None else "sampled"
+        facts["labels"] = labels
+        visits = (ROUNDS + 1) * 2 * blocks + 6 * blocks
+        advance = stage("measuring inputs and gradients", visits * len(batches))
+        return compress_in_rounds(
+            model,
+            sites,
+            batches,
+            loss=summed_loss(model, labels, settings.seed),
+            allocate=lambda losses: replace(allocate(sites, **choice, losses=losses), calibration=facts),
+            rounds=ROUNDS,
+            drift=DRIFT,
+            on_batch=advance,
+        )
+    plan = replace(allocate(sites, **choice), calibration=facts)
+    if method.needs_data:
+        advance = stage("blocks x batches", (blocks + 1) * len(batches))
+        return compress_blocks(model, plan, sites, batches, on_batch=advance)
+    return compress(model, plan, on_site=stage("sites", len(sites)))
+
+
+def _search(
+    model: Any,
+    dense: Mapping[str, nn.Module],
+    attempt: Callable[[float | None, str], Plan],
+    text: Text,
+    limit: float,
+    stage: Stage,
+) -> Plan:
+    """The smallest `keep` whose loss on held-out text rises by no more than the limit, by bisection."""
+    assert text.held_out is not None, "a limit on the loss is verified on held-out text"
+    before = next_token_quality(model, text.held_out).loss
+    earlier = getattr(model.config, "rankfold", None)
+    low, high = 0.0, 1.0
+    best: float | None = None
+    rise = 0.0
+    tried: float | None = None
+    plan: Plan | None = None
+    for number in range(1, SEARCH_STEPS + 1):
+        middle = (low + high) / 2
+        try:
+            plan, tried = attempt(middle, f"try {number} of {SEARCH_STEPS}, keep {middle:.3f}: "), middle
+            rise = next_token_quality(model, text.held_out).loss - before
+        except BudgetError:
+            restore(model, dense, earlier)
+            low = middle
+            continue
+        if rise <= limit:
+            high, best = middle, middle
+        else:
+            low = middle
+        if number < SEARCH_STEPS or rise > limit:
+            restore(model, dense, earlier)
+            plan = None
+    if best is None:
+        raise ValueError(
+            f"No compression keeps the rise of the loss within {limit:g} nats per token: keep {high - low:.3f} below "
+            f"the whole model still costs more. Raise --max-loss-increase, or recover afterwards (rankfold recover)."
+        )
+    if plan is None or tried != best:
+        plan = attempt(best, f"keep {best:.3f}: ")
+        rise = next_token_quality(model, text.held_out).loss - before
+    return _note(
+        model, plan, {"max_loss_increase": limit, "measured_increase": round(rise, 5), "dense_loss": round(before, 5)}
+    )
+
+
+def _note(model: Any, plan: Plan, facts: Mapping[str, Any]) -> Plan:
+    """The plan with more facts, which the model's configuration holds too, beside those of earlier compressions."""
+    stored = dict(model.config.rankfold)
+    model.config.rankfold = {**stored, "calibration": {**stored["calibration"], **facts}}
+    return replace(plan, calibration={**plan.calibration, **facts})
+
+
+def _digest(model: Any) -> list[Any]:
+    """What tells one model from another of its shape: sums over every parameter."""
+    return [
+        (name, list(part.shape), float(part.sum(dtype=torch.float64)), float(part.float().square().sum()))
+        for name, part in ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    ]
+
+
+def fingerprint(*parts: Any) -> str:
+    """A name for work that may be gone on with: the same only if everything that it depends on is.
+
+    >>> fingerprint(1, "a") == fingerprint(1, "a"), fingerprint(1) == fingerprint(2)
+    (True, False)
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return _digest(value)
+        return value.tolist() if isinstance(value, Tensor) else str(value)
+
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=plain).encode()).hexdigest()[:16]

@@ -1,0 +1,204 @@
+"""Recovery of the whole model by the ecosystem's trainer: against its dense teacher, or on text alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+OBJECTIVES = ("kl", "next-token")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What recovery reached, in nats per token on the held-out windows: divergence from the teacher, or loss."""
+
+    before: float
+    after: float
+    steps: int
+
+
+def recover(  # noqa: PLR0913
+    model: Any,
+    teacher: Any,
+    windows: Int[Tensor, "windows length"],
+    held_out: Int[Tensor, "held_out length"],
+    *,
+    work: Path,
+    objective: str = "kl",
+    steps: int = 500,
+    batch_size: int = 16,
+    rate: float | None = None,
+    lora_rank: int | None = None,
+    seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> Recovered:
+    """Train a compressed causal language model, in place, and keep what did best on held-out text.
+
+    With `kl` every token's distribution is drawn to the dense teacher's (Hinton et al. 2015, arXiv:1503.02531);
+    with `next-token` no teacher is needed. `transformers.Trainer` does the work: a killed run goes on from its last
+    checkpoint in `work`, and it stops early when held-out text has not gained for three looks.
+
+    Args:
+        model: The compressed model.
+        teacher: The dense model, or `None` for `next-token`.
+        windows: Token ids to train on.
+        held_out: Token ids to decide on.
+        work: Folder of the trainer's checkpoints; the caller removes it.
+        objective: What is minimized.
+        steps: Optimizer steps at most.
+        batch_size: Windows a step.
+        rate: Learning rate; without it one that suits the width of the model.
+        lora_rank: Trains LoRA adapters of this rank instead of all parameters, and merges them.
+        seed: Seed of the order of windows.
+        on_step: Called after each step.
+
+    Raises:
+        ValueError: If the objective is unknown, the teacher is missing, or the two vocabularies differ.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"The objective must be `kl` or `next-token`, but got {objective!r}.")
+    if objective == "kl" and teacher is None:
+        raise ValueError("Recovery by divergence needs the dense model as teacher: pass it, or ask for next-token.")
+    if objective == "kl" and teacher.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"Teacher and model must share a vocabulary, but have {teacher.config.vocab_size} and "
+            f"{model.config.vocab_size} tokens."
+        )
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = model.training
+    start = {name: part.clone() for name, part in model.state_dict().items()}
+    trained = _with_adapters(model, lora_rank) if lora_rank else model
+    if not lora_rank:
+        model.requires_grad_(True)
+    trainer = _Distiller(
+        teacher if objective == "kl" else None,
+        model=trained,
+        args=_arguments(model, work, steps, batch_size, rate or _rate(model, lora_rank), seed),
+        train_dataset=_rows(windows),
+        eval_dataset=_rows(held_out),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=3), _Progress(on_step)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    before = trainer.evaluate()["eval_loss"]
+    work.mkdir(parents=True, exist_ok=True)
+    _remove_incomplete(work)
+    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))  # type: ignore[no-untyped-call]
+    after = trainer.evaluate()["eval_loss"]
+    if lora_rank:
+        trained.merge_and_unload()
+    if after > before:
+        # The start is a candidate too.
+        model.load_state_dict(start)
+        after = before
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    model.train(training)
+    return Recovered(before, after, result.global_step)
+
+
+class _Distiller(Trainer):
+    """A trainer whose loss is the divergence from a teacher, or the next-token loss without one."""
+
+    def __init__(self, teacher: Any, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._teacher = teacher
+
+    def compute_loss(  # type: ignore[override]
+        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
+    ) -> Any:
+        """Mean over the predicted tokens of the batch, in nats."""
+        ids = inputs["input_ids"]
+        output = model(input_ids=ids, use_cache=False)
+        logits = output.logits[:, :-1].float()
+        if self._teacher is None:
+            loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:])
+        else:
+            with torch.no_grad():
+                expected = self._teacher(input_ids=ids.to(self._teacher.device), use_cache=False).logits[:, :-1]
+            expected = expected.float().log_softmax(-1).to(logits.device)
+            loss = F.kl_div(logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1).mean()
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """The loss only."""
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._on_step()
+
+
+def _remove_incomplete(work: Path) -> None:
+    """Remove checkpoints that a kill left half-written: the trainer's state is what it writes last."""
+    for folder in work.glob("checkpoint-*"):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            shutil.rmtree(folder)
+
+
+def _arguments(model: Any, work: Path, steps: int, batch_size: int, rate: float, seed: int) -> TrainingArguments:
+    every = max(1, steps // 10)
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 20),
+        weight_decay=0.0,
+        adam_beta2=0.98,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=model.device.type != "cpu",
+        seed=seed,
+        data_seed=seed,
+    )
+
+
+def _rate(model: Any, lora_rank: int | None) -> float:
+    """Learning rate for the width: weights, and the steps that suit them, shrink with its square root."""
+    width = model.get_input_embeddings().weight.shape[1]
+    return float((0.04 if lora_rank else 0.016) / width**0.5)
+
+
+def _rows(windows: Int[Tensor, "windows length"]) -> list[dict[str, Tensor]]:
+    return [{"input_ids": window} for window in windows]
+
+
+def _with_adapters(model: Any, rank: int) -> Any:
+    """LoRA beside every linear layer of the blocks, factors included."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("Training adapters needs PEFT: pip install 'rankfold[recovery]'") from error
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0))
