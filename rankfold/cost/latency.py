@@ -89,8 +89,7 @@ def _one_round(model: Any, prompt_tokens: int, decoded_tokens: int, batch_size: 
     start = _now(device)
     output = model(**inputs, **options)
     prefill = _now(device) - start
-    caches = ("past_key_values", "cache_params")
-    cache = {name: value for name in caches if (value := getattr(output, name, None)) is not None}
+    cache = cache_of(output)
     if not generates or not cache:
         return prefill, None
     positions = "cache_position" in inspect.signature(model.forward).parameters
@@ -99,6 +98,14 @@ def _one_round(model: Any, prompt_tokens: int, decoded_tokens: int, batch_size: 
         position = {"cache_position": torch.tensor([prompt_tokens + step], device=device)} if positions else {}
         model(input_ids=ids[:, -1:], use_cache=True, **cache, **position)
     return prefill, (_now(device) - start) / decoded_tokens
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """What a model's output hands to its next call, under the name by which this version of transformers takes it."""
+    for name in ("cache", "past_key_values", "cache_params"):
+        if getattr(output, name, None) is not None:
+            return {name: getattr(output, name)}
+    return {}
 
 
 def _now(device: torch.device) -> float:

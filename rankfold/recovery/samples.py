@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rankfold.cost.latency import cache_of
+
 
 @torch.no_grad()
 def sample_windows(
@@ -50,8 +52,7 @@ def _continue(model: Any, ids: Int[Tensor, "batch start"], length: int) -> Int[T
     read = ids
     while ids.shape[1] < length:
         output = model(input_ids=read, use_cache=True, **cache)
-        name = next(name for name in ("past_key_values", "cache_params") if getattr(output, name, None) is not None)
-        cache = {name: getattr(output, name)}
+        cache = cache_of(output)
         read = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
         ids = torch.cat([ids, read], dim=1)
     return ids

@@ -47,7 +47,8 @@ def test_every_block_has_the_expected_kinds(name: str) -> None:
     blocks = {site.block for site in sites}
     assert len(blocks) == 2
     for block in blocks:
-        assert [site.kind for site in sites if site.block == block] == KINDS[name].split()
+        # Versions of transformers define a block's layers in different orders.
+        assert sorted(site.kind for site in sites if site.block == block) == sorted(KINDS[name].split())
 
 
 def test_t5_has_sites_in_both_stacks() -> None:
@@ -135,8 +136,8 @@ def test_the_parts_of_a_fused_projection_are_query_key_and_value(name: str) -> N
     site = next(site for site in find_sites(model) if {part.name for part in site.parts} == {"q", "k", "v"})
     rows = {part.name: part.rows(site.out_features) for part in site.parts}
     assert sorted(row for part in rows.values() for row in part) == list(range(site.out_features))
-    block_sites = [s for s in find_sites(model) if s.block == site.block]
-    follower = block_sites[block_sites.index(site) + 1] if name != "phi3" else block_sites[0]
+    attention = site.name.rpartition(".")[0]
+    follower = next(s for s in find_sites(model) if s.name.startswith(f"{attention}.") and s.name != site.name)
     captured: list[torch.Tensor] = []
     linear_at(model, follower.name).register_forward_pre_hook(lambda _, args: captured.append(args[0]))
     inputs, fused = tiny.inputs(model), linear_at(model, site.name)
