@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from rankfold.modules import linear_at
 from rankfold.plan import Plan
 from rankfold.quality import classification_accuracy, next_token_quality
 from rankfold.quality.classification import Labelled
-from rankfold.recovery import recover, refine_blocks, sample_windows
+from rankfold.recovery import recover, refine_blocks, refine_predictions, sample_windows
 
 ROOT = Path(__file__).parent.parent
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -57,7 +58,7 @@ REFINE_STEPS = 300
 TRAINING_BATCH = 16
 """Windows a step of recovery."""
 
-RECOVERY_STEPS = 400
+RECOVERY_STEPS = 1200
 
 Score = Callable[[Any], tuple[float, float | None]]
 
@@ -532,23 +533,33 @@ class Training:
     def __init__(self, subject: Subject, stream: Tensor, steps: int) -> None:
         self.subject, self.steps = subject, steps
         self.teacher = subject.load()
-        cut = int(0.9 * len(stream))
-        made = sample_windows(self.teacher, subject.tokenizer, 4096 + 64, 256, seed=0)
-        self.texts = {
-            "given text": (random_windows(stream[:cut], 4096, 256, seed=100), split_windows(stream[cut:], 256)),
-            "generated text": (made[:-64], made[-64:]),
-        }
+        self._stream = stream
         self._starts: dict[tuple[str, float], tuple[Any, float]] = {}
+
+    @cached_property
+    def texts(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Windows to train on and to decide on: of the text at hand, of the teacher's own, and of both."""
+        cut = int(0.9 * len(self._stream))
+        given = random_windows(self._stream[:cut], 4096, 256, seed=100), split_windows(self._stream[cut:], 256)
+        made = sample_windows(self.teacher, self.subject.tokenizer, 4096 + 64, 256, seed=0, batch_size=256)
+        return {
+            "given text": given,
+            "generated text": (made[:-64], made[-64:]),
+            "both texts": (torch.cat([given[0], made[:-64]]), given[1]),
+        }
 
     def start(self, row: str, keep: float) -> tuple[Any, float]:
         """A compressed model, refined where the row says so, and what it stores."""
         if (row, keep) not in self._starts:
             model = self.subject.load()
             dense = {site.name: linear_at(model, site.name) for site in find_sites(model).select()}
-            method = row.removesuffix(REFINED)
+            method = row.removesuffix(REFINED_OUTPUTS).removesuffix(REFINED)
             stored = (TRAINING_FREE | PLAIN)[method](self.subject, model, keep, 0)
+            batches = make_batches(model, self.subject.windows(1024, 0), TRAINING_BATCH)
             if row.endswith(REFINED):
-                refine_blocks(model, make_batches(model, self.subject.windows(1024, 0), 16), dense, steps=REFINE_STEPS)
+                refine_predictions(model, self.subject.load(), batches, steps=REFINE_STEPS)
+            elif row.endswith(REFINED_OUTPUTS):
+                refine_blocks(model, batches, dense, steps=REFINE_STEPS)
             self._starts[row, keep] = model, stored
         model, stored = self._starts[row, keep]
         return copy.deepcopy(model), stored
@@ -564,20 +575,21 @@ class Training:
 
 
 REFINED = " + refinement"
-
+REFINED_OUTPUTS = " + refinement towards outputs"
 
 TRAINED = (
     ("rankfold", None),
+    ("rankfold" + REFINED_OUTPUTS, None),
     ("rankfold" + REFINED, None),
-    ("rankfold" + REFINED, "given text"),
-    ("rankfold" + REFINED, "generated text"),
+    ("rankfold" + REFINED, "both texts"),
     ("lord", None),
-    ("lord", "given text"),
+    ("lord", "both texts"),
     ("block removal", None),
-    ("block removal", "given text"),
+    ("block removal", "both texts"),
+    ("rankfold", "both texts"),
     ("rankfold", "given text"),
+    ("rankfold", "generated text"),
     ("lord" + REFINED, None),
-    ("lord" + REFINED, "given text"),
 )
 """What is trained, and the text of its recovery."""
 
@@ -613,7 +625,7 @@ def parts(results: Results, arguments: argparse.Namespace) -> Iterator[str]:
             rows(results, subject, "labels", kinds, (0.8, 0.6), (0, 1, 2))
             yield "labels"
         if "trained" in wanted:
-            trained(results, Training(subject, stream, arguments.steps), (0.8, 0.6))
+            trained(results, Training(subject, stream, arguments.steps), tuple(arguments.keep))
             yield "trained"
         if "encoder" in wanted:
             encoder = minilm(arguments.assets)
@@ -641,6 +653,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, help="folder with weights/ and data/")
     parser.add_argument("--part", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", type=float, nargs="*", default=(0.8, 0.6), help="what the part `trained` keeps")
     parser.add_argument("--steps", type=int, default=RECOVERY_STEPS, help="steps of recovery")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.jsonl")
     arguments = parser.parse_args()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sys
 import time
@@ -18,7 +17,7 @@ from rich.markup import escape
 
 from rankfold import demo as demonstration
 from rankfold.allocation import ALLOCATIONS
-from rankfold.calibration import calibration_windows, check_length, load_corpus, max_length, overlap
+from rankfold.calibration import check_length, load_corpus, max_length, overlap
 from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save, stored_dtype, tokenizer_if_any
 from rankfold.cost import parameter_count
 from rankfold.factorization import METHODS
@@ -33,13 +32,13 @@ from rankfold.measure import (
     table,
 )
 from rankfold.pipeline import Budget, Settings, compress_within, fingerprint, read_text
-from rankfold.plan import DENSE, Plan
 from rankfold.record import Record
+from rankfold.recovery import GENERATED, recovery_windows
 from rankfold.recovery import recover as recover_model
-from rankfold.recovery import sample_windows
 from rankfold.report.figures import check_figure, draw_spectra
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
+from rankfold.summary import report_plan, skipped_rows
 from rankfold.terminal import check_records, console, print_table, progress, say, stages, write_records
 
 app = typer.Typer(
@@ -103,7 +102,7 @@ def inspect(
     header = ["site", "out x in", "aspect", "break-even", "of model", "1/8", "1/4", "1/2"]
     title = f"{model}: {len(chosen)} sites; last columns: energy within 1/8, 1/4 and 1/2 of the full rank"
     print_table(title, header, rows)
-    print_table("not factorized", ["weight", "shape", "reason"], _skipped_rows(chosen))
+    print_table("not factorized", ["weight", "shape", "reason"], skipped_rows(chosen))
     if plot:
         spectra: dict[str, dict[str, Sequence[float]]] = {}
         for found in inspections:
@@ -155,6 +154,13 @@ def compress(
             min=0, help="Gradient steps on each block after its factorization (0: none).", rich_help_panel="Method"
         ),
     ] = 0,
+    refine_toward: Annotated[
+        str,
+        typer.Option(
+            help="What refined blocks aim at: predictions of the model, or each block's own output (far cheaper).",
+            rich_help_panel="Method",
+        ),
+    ] = "predictions",
     calibration: Annotated[
         str,
         typer.Option(
@@ -179,7 +185,7 @@ def compress(
     start = time.perf_counter()
     check_target(output, overwrite)
     budget = Budget.of(keep=keep, bytes_=bytes_, max_loss_increase=max_loss_increase, rank=rank)
-    settings = Settings(method, allocation, multiple, refine, seed)
+    settings = Settings(method, allocation, multiple, refine, refine_toward, seed)
     loaded = load_model(model, dtype=_dtype(dtype), device=device)
     tokenizer = load_tokenizer(model) if settings.needs_text(budget) else tokenizer_if_any(model)
     chosen = find_sites(loaded).select(sites or ())
@@ -199,7 +205,7 @@ def compress(
         plan = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
     save(loaded, tokenizer, output, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
-    _report_plan(output, plan, chosen, before, parameter_count(loaded), time.perf_counter() - start)
+    report_plan(output, plan, chosen, before, parameter_count(loaded), time.perf_counter() - start)
 
 
 @app.command()
@@ -208,8 +214,12 @@ def recover(
     output: Annotated[Path, typer.Argument(help="Folder of the recovered model; written whole or not at all.")],
     dense: Annotated[str | None, typer.Option(help="The dense model, whose distribution is the target.")] = None,
     text: Annotated[
-        str, typer.Option(help="Text to train on: a file, a data set name, or 'generated' by the dense model.")
-    ] = "bundled:calibration",
+        list[str] | None,
+        typer.Option(
+            help="Text to train on: a file, a data set name, or 'generated' by the dense model; repeat it to mix "
+            "(default: bundled:calibration)."
+        ),
+    ] = None,
     objective: Annotated[str, typer.Option(help="kl (to the dense model) or next-token.")] = "kl",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps at most; it stops early.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
@@ -225,6 +235,7 @@ def recover(
 ) -> None:
     """Train a compressed model against its dense one; a killed run goes on where it stopped."""
     check_target(output, overwrite)
+    texts = text or ["bundled:calibration"]
     if objective == "kl" and dense is None:
         raise ValueError("--objective kl needs the dense model: pass --dense, or take --objective next-token.")
     # 16-bit weights cannot take small steps: they are trained in float32 and rounded when they are saved.
@@ -236,26 +247,9 @@ def recover(
     check_length(loaded, length)
     count = min(steps * batch, MOST_WINDOWS)
     with stages() as stage:
-        if text == "generated":
-            if teacher is None:
-                raise ValueError("Generated text is the dense model's: pass --dense.")
-            size = count + max(2, count // 16)
-            advance = stage("generating text", -(-size // 64))
-            stream = sample_windows(teacher, tokenizer, size, length, seed=seed, on_batch=advance)
-            windows, held_out = stream[:count], stream[count:]
-        else:
-            corpus = load_corpus(text)
-            windows, held, _ = calibration_windows(
-                loaded,
-                tokenizer,
-                corpus,
-                sequences=count,
-                length=length,
-                seed=seed,
-                held_out=max(2, min(64, count // 8)),
-            )
-            assert held is not None, "held-out windows were asked for"
-            held_out = held
+        windows, held_out = recovery_windows(
+            loaded, teacher, tokenizer, texts, count=count, length=length, seed=seed, stage=stage
+        )
         advance = stage("training", steps)
         folder = output.with_name(f".{output.name}.recovery")
         work = folder / fingerprint(loaded, teacher, windows, objective, steps, batch, rate, lora, seed)
@@ -273,15 +267,16 @@ def recover(
             seed=seed,
             on_step=advance,
         )
-    if hasattr(loaded.config, "rankfold") and text != "generated":
-        facts = {**loaded.config.rankfold["calibration"], "recovery_text": text}
+    given = [name for name in texts if name != GENERATED]
+    if hasattr(loaded.config, "rankfold") and given:
+        facts = {**loaded.config.rankfold["calibration"], "recovery_text": given}
         loaded.config.rankfold = {**loaded.config.rankfold, "calibration": facts}
     save(loaded.to(stored), tokenizer, output, overwrite=overwrite)
     shutil.rmtree(folder, ignore_errors=True)
     what = "divergence from the dense model" if objective == "kl" else "loss"
     say(f"Held-out {what}: {result.before:.4f} -> {result.after:.4f} nat/token in {result.steps} steps.")
     say(f"Checkpoint: {output}")
-    context = circumstances(text=text, objective=objective, lora_rank=lora, seed=seed)
+    context = circumstances(text=texts, objective=objective, lora_rank=lora, seed=seed)
     values = [("held_out_before", result.before, "nat/token"), ("held_out_after", result.after, "nat/token")]
     values += [("steps", result.steps, "1")]
     write_records(
@@ -397,7 +392,8 @@ def calibration_texts(models: Mapping[str, Any]) -> Sequence[str] | None:
         plan = getattr(measured.config, "rankfold", None) or {}
         facts = plan.get("calibration", {})
         texts: list[str] = []
-        for name, digest in ((facts.get("corpus"), facts.get("sha256")), (facts.get("recovery_text"), None)):
+        trained = [(name, None) for name in facts.get("recovery_text", ())]
+        for name, digest in [(facts.get("corpus"), facts.get("sha256")), *trained]:
             if name is None:
                 continue
             try:
@@ -443,49 +439,6 @@ def _check_space(output: Path, model: Any, keep: float, sites: Sites) -> None:
     needed = int(keep * dense) + rest
     if needed > free:
         raise ValueError(f"{output}: the checkpoint needs {needed:,} bytes, but {parent} has {free:,} free.")
-
-
-def _skipped_rows(sites: Sites) -> list[list[str]]:
-    return [[s.name, " x ".join(map(str, s.shape)), s.reason] for s in sites.skipped]
-
-
-def _report_plan(output: Path, plan: Plan, sites: Sites, before: int, after: int, seconds: float) -> None:
-    """Table by kind, notes, and the records of a compression."""
-    kinds: dict[str, list[Any]] = {}
-    option_of = {name: option for option in plan.options for name in option.sites}
-    for site in sites:
-        kinds.setdefault(site.kind, []).append((site, option_of[site.name]))
-    rows = []
-    for kind, pairs in kinds.items():
-        ranks = sorted({option.ranks[0] for _, option in pairs if option.form != DENSE})
-        shown = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks)) or "dense"
-        full = min(pairs[0][0].out_features, pairs[0][0].in_features)
-        dense = sum(option.form == DENSE for _, option in pairs)
-        rows.append([kind, str(len(pairs)), str(full), shown, str(dense)])
-    print_table(f"{plan.method}, {plan.allocation}", ["kind", "sites", "full rank", "rank", "left dense"], rows)
-    for note in sorted({option.note for option in plan.options if option.note}):
-        say(f"left dense: {note}")
-    if plan.predicted_loss is not None:
-        bound = "" if plan.bound is None else f"; no ranks within this budget are predicted below {plan.bound:.4f}"
-        say(f"Predicted rise of the loss: {plan.predicted_loss:.4f} nat/token{bound}")
-    if "measured_increase" in plan.calibration:
-        say(f"Measured rise on held-out text: {plan.calibration['measured_increase']:.4f} nat/token")
-    total = sum(site.parameters for site in sites)
-    say(f"Sites: {total:,} -> {plan.parameters:,} parameters ({plan.parameters / total:.1%} kept)")
-    say(f"Model: {before:,} -> {after:,} parameters ({after / before:.1%} kept)")
-    say(f"Checkpoint: {output}   ({seconds:.1f} s)\nNext: rankfold measure {output} --dense MODEL --text TEXT")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    context = circumstances(method=plan.method, allocation=plan.allocation, keep=plan.keep, rank=plan.rank)
-    values = [
-        ("site_parameters", plan.parameters, "1"),
-        ("parameters", after, "1"),
-        ("dense_parameters", before, "1"),
-        ("compression_time", seconds, "second"),
-        ("peak_memory", peak, "byte"),
-    ]
-    write_records(
-        [Record(subject=str(output), name=n, value=v, unit=u, context=context) for n, v, u in values], output=None
-    )
 
 
 if __name__ == "__main__":

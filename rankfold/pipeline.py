@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,8 @@ from rankfold.factorization import METHODS
 from rankfold.modules import linear_at, use_eager_experts
 from rankfold.plan import Plan
 from rankfold.quality import next_token_quality
-from rankfold.recovery import refine_blocks
-from rankfold.sites import Site
+from rankfold.recovery import predicts, refine_blocks, refine_predictions
+from rankfold.sites import Site, block_paths
 
 Stage = Callable[[str, int], Callable[[], None]]
 """Opens a stage of work with a title and a number of steps; what it returns is called after each step."""
@@ -32,6 +33,9 @@ ROUNDS = 2
 
 DRIFT = 0.5
 """Share of the drift that is corrected."""
+
+REFINE_TOWARD = ("predictions", "block")
+"""What refined blocks aim at: the model's predictions, or the dense block's own output."""
 
 SEARCH_STEPS = 6
 """Halvings of the interval in which `keep` is searched for a limit on the loss."""
@@ -113,12 +117,14 @@ class Settings:
     allocation: str | None = None
     multiple: int = 1
     refine: int = 0
+    refine_toward: str = "predictions"
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse unknown names before any work is done."""
         allocation = self.allocation or "knapsack"
-        for what, value, known in (("method", self.method, METHODS), ("allocation", allocation, ALLOCATIONS)):
+        named = (("method", self.method, METHODS), ("allocation", allocation, ALLOCATIONS))
+        for what, value, known in (*named, ("refine-toward", self.refine_toward, REFINE_TOWARD)):
             if value not in known:
                 raise ValueError(f"--{what} must be one of {', '.join(known)}, but got {value!r}.")
         if self.allocation == "knapsack" and not METHODS[self.method].needs_gradients:
@@ -224,6 +230,9 @@ def compress_within(
     dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
     use_eager_experts(model)
     digest = _digest(model)
+    teacher = None
+    if settings.refine and settings.refine_toward == "predictions" and predicts(model, batches[0]):
+        teacher = _teacher(model, dense.values())
 
     def attempt(keep: float | None, title: str) -> Plan:
         choice: dict[str, Any] = {"keep": keep, "rank": budget.rank}
@@ -242,12 +251,25 @@ def compress_within(
         advance = stage("refining blocks", settings.refine * len({site.block for site in sites if site.block}))
         chosen = [(option.sites, option.form, option.ranks) for option in plan.options]
         folder = None if work is None else work / fingerprint(digest, chosen, asdict(settings), batches)
-        refine_blocks(model, batches, dense, steps=settings.refine, seed=settings.seed, work=folder, on_step=advance)
-        plan = _note(model, plan, {"refine": settings.refine})
+        training: dict[str, Any] = {"steps": settings.refine, "seed": settings.seed, "work": folder, "on_step": advance}
+        if teacher is not None:
+            refine_predictions(model, teacher, batches, **training)
+        else:
+            refine_blocks(model, batches, dense, **training)
+        toward = "block" if teacher is None else "predictions"
+        plan = _note(model, plan, {"refine": settings.refine, "refine_toward": toward})
         if text is not None and text.held_out is not None and "measured_increase" in plan.calibration:
             rise = next_token_quality(model, text.held_out).loss - plan.calibration["dense_loss"]
             plan = _note(model, plan, {"measured_increase": round(rise, 5)})
     return plan
+
+
+def _teacher(model: Any, shared: Iterable[nn.Module]) -> Any:
+    """The dense model once more, sharing what compression leaves alone: the layers that it replaces, the embeddings."""
+    inside = {id(part) for path in block_paths(model) for part in model.get_submodule(path).parameters()}
+    parts = [part for part in model.parameters() if id(part) not in inside]
+    parts += [part for layer in shared for part in layer.parameters()]
+    return copy.deepcopy(model, {id(part): part for part in parts})
 
 
 def _attempt(

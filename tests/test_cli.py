@@ -113,7 +113,9 @@ def test_the_default_compresses_refines_and_recovers(tmp_path: Path) -> None:
     assert (plan["method"], plan["allocation"], plan["calibration"]["refine"]) == ("kfac", "knapsack", 4)
     assert {option.get("form", "dense") for option in plan["options"]} <= {"pivoted", "dense"}
 
-    done = run("recover", str(out), str(recovered), "--dense", MODEL, "--steps", "4", "--length", "64", "--batch", "4")
+    texts = ("--text", "bundled:calibration", "--text", "generated")
+    brief = ("--steps", "4", "--length", "64", "--batch", "4")
+    done = run("recover", str(out), str(recovered), "--dense", MODEL, *texts, *brief)
     found = records(done.stdout)
     before, after = (found[str(recovered), f"held_out_{when}"].value for when in ("before", "after"))
     assert after <= before  # type: ignore[operator]

@@ -1,7 +1,17 @@
 """What training gives back: blocks refined one after the other, then the whole model against its dense teacher."""
 
 from rankfold.recovery.distill import Recovered, recover
-from rankfold.recovery.refine import refine_blocks
+from rankfold.recovery.refine import predicts, refine_blocks, refine_predictions
 from rankfold.recovery.samples import sample_windows
+from rankfold.recovery.texts import GENERATED, recovery_windows
 
-__all__ = ["Recovered", "recover", "refine_blocks", "sample_windows"]
+__all__ = [
+    "GENERATED",
+    "Recovered",
+    "predicts",
+    "recover",
+    "recovery_windows",
+    "refine_blocks",
+    "refine_predictions",
+    "sample_windows",
+]

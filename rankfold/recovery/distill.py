@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from rankfold.recovery.divergence import divergence
+
 OBJECTIVES = ("kl", "next-token")
 
 
@@ -120,14 +122,13 @@ class _Distiller(Trainer):
         """Mean over the predicted tokens of the batch, in nats."""
         ids = inputs["input_ids"]
         output = model(input_ids=ids, use_cache=False)
-        logits = output.logits[:, :-1].float()
+        logits = output.logits[:, :-1]
         if self._teacher is None:
-            loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:])
+            loss = F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:])
         else:
             with torch.no_grad():
                 expected = self._teacher(input_ids=ids.to(self._teacher.device), use_cache=False).logits[:, :-1]
-            expected = expected.float().log_softmax(-1).to(logits.device)
-            loss = F.kl_div(logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1).mean()
+            loss = divergence(logits, expected)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:

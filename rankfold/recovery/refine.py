@@ -1,10 +1,11 @@
-"""Block refinement: all parameters of a compressed block are trained against the outputs of the dense one."""
+"""Block refinement: all parameters of one compressed block after the other are trained against the dense model."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 from rankfold.calibration import BlockStep, walk_blocks
 from rankfold.calibration.walk import Call
 from rankfold.modules import linear_at, put, restack, use_eager_experts
+from rankfold.recovery.divergence import divergence
+from rankfold.sites import block_paths
 
 RATE = 0.016
 """Learning rate of a block of width 1; it falls with the square root of the width, as the size of weights does."""
@@ -31,7 +34,8 @@ class Refined:
 
     block: str
     before: float
-    """Mean squared error of the block's outputs on held-out windows, over their mean square."""
+    """Held-out error: of the block's outputs, their mean squared error over their mean square; of the predictions,
+    the divergence in nats, later blocks being dense."""
     after: float
 
 
@@ -89,24 +93,160 @@ def refine_blocks(  # noqa: PLR0913
             straight.run()
             put(model, compressed)
             block = base.get_submodule(straight.path)
-            file = work / f"{straight.path}.safetensors" if work else None
-            if file is not None and file.exists():
-                block.load_state_dict(load_file(file))
+            if _resume(block, straight.path, work):
                 for _ in range(steps):
                     on_step()
             else:
                 settings = (steps, rate or RATE / math.sqrt(targets[0].shape[-1]), seed)
-                before, after = _refine(block, drifted, targets, settings, on_step)
+                before, after = _train(block, _distance(drifted, targets), len(targets), settings, on_step)
                 results.append(Refined(prefix + straight.path, before, after))
-                if file is not None:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    partial = file.with_suffix(".partial")
-                    save_file({name: part.contiguous() for name, part in block.state_dict().items()}, partial)
-                    partial.replace(file)
+                _keep(block, straight.path, work)
             drifted.run()
     restack(model)
     model.train(training)
     return results
+
+
+def refine_predictions(  # noqa: PLR0913
+    model: Any,
+    teacher: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    steps: int = 300,
+    rate: float | None = None,
+    seed: int = 0,
+    work: Path | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Refined]:
+    """Train every block in turn to give the dense model's predictions, the blocks after it being dense.
+
+    A block's own output is not what matters: later blocks forgive some errors and amplify others. Here they are run
+    dense, so that the divergence of the predictions says which. A step costs three passes through the model instead
+    of three through one block; the optimizer still holds one block only.
+
+    Args:
+        model: The compressed model, in place.
+        teacher: The dense model. It may share parameters with the compressed one.
+        batches: At least two calibration batches.
+        steps: AdamW steps a block, one batch each.
+        rate: Learning rate; without it one that suits the width.
+        seed: Seed of the order of batches.
+        work: Folder in which finished blocks are kept, so that a killed run goes on; the caller removes it.
+        on_step: Called after each step.
+
+    Returns:
+        The held-out divergence before and after, of every block that was not done already.
+
+    Raises:
+        ValueError: If there are fewer than two batches, or the model predicts no distribution.
+    """
+    if len(batches) < 2:
+        raise ValueError(f"Refinement holds batches out and needs at least two, but got {len(batches)}.")
+    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    if not predicts(teacher, read[0]):
+        raise ValueError(f"A {type(model).__name__} predicts no distribution; refine it towards its blocks' outputs.")
+    use_eager_experts(model)
+    paths = block_paths(model)
+    blocks = {path: model.get_submodule(path) for path in paths}
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training = model.training, teacher.training
+    _own_parameters(teacher, blocks.values())
+    model.eval().requires_grad_(False)
+    teacher.eval().requires_grad_(False)
+    results: list[Refined] = []
+    rate = rate or RATE / math.sqrt(model.get_input_embeddings().weight.shape[1])
+
+    def error_on(index: int) -> Tensor:
+        with torch.no_grad():
+            expected = _predictions(teacher, read[index])
+        return divergence(_predictions(model, read[index]), expected)
+
+    try:
+        for path in paths:
+            model.set_submodule(path, teacher.get_submodule(path))
+        for path, block in blocks.items():
+            model.set_submodule(path, block)
+            done = _resume(block, path, work)
+            if done:
+                for _ in range(steps):
+                    on_step()
+                continue
+            with _in_float32(block):
+                before, after = _train(block, error_on, len(read), (steps, rate, seed), on_step)
+            results.append(Refined(path, before, after))
+            _keep(block, path, work)
+    finally:
+        for path, block in blocks.items():
+            model.set_submodule(path, block)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    restack(model)
+    model.train(training[0])
+    teacher.train(training[1])
+    return results
+
+
+@torch.no_grad()
+def predicts(model: Any, batch: Mapping[str, Tensor]) -> bool:
+    """Whether a model's output is a distribution, as of the next token or of a class."""
+    logits = getattr(model(**{name: value[:1] for name, value in batch.items()}), "logits", None)
+    return logits is not None and logits.shape[-1] > 1
+
+
+def _predictions(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    logits: Tensor = model(**batch, **cache).logits
+    return logits
+
+
+def _own_parameters(teacher: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """What is trained must not be the teacher's: layers that stayed dense may be."""
+    trained = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for module in teacher.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in trained:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+
+
+@contextmanager
+def _in_float32(block: nn.Module) -> Iterator[None]:
+    """Let a block of a 16-bit model compute in float32: it reads what the others give, and gives what they read."""
+    dtype = next((part.dtype for part in block.parameters() if part.is_floating_point()), torch.float32)
+
+    def cast(to: torch.dtype, tree: Any) -> Any:
+        return tree_map_only(Tensor, lambda part: part.to(to) if part.is_floating_point() else part, tree)
+
+    handles = [
+        block.register_forward_pre_hook(
+            lambda _, args, kwargs: (cast(torch.float32, args), cast(torch.float32, kwargs)), with_kwargs=True
+        ),
+        block.register_forward_hook(lambda _, args, output: cast(dtype, output)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _resume(block: nn.Module, path: str, work: Path | None) -> bool:
+    """Load a block that an earlier, killed run has refined."""
+    file = work / f"{path}.safetensors" if work else None
+    if file is None or not file.exists():
+        return False
+    block.load_state_dict(load_file(file))
+    return True
+
+
+def _keep(block: nn.Module, path: str, work: Path | None) -> None:
+    """Write a refined block, whole or not at all."""
+    if work is None:
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / f"{path}.safetensors"
+    partial = file.with_suffix(".partial")
+    save_file({name: part.contiguous() for name, part in block.state_dict().items()}, partial)
+    partial.replace(file)
 
 
 def _output(call: Call, dtype: torch.dtype | None = None) -> Tensor:
@@ -119,27 +259,33 @@ def _output(call: Call, dtype: torch.dtype | None = None) -> Tensor:
     return hidden
 
 
-def _refine(
-    block: nn.Module,
-    step: BlockStep,
-    targets: Sequence[Tensor],
-    settings: tuple[int, float, int],
-    on_step: Callable[[], None],
-) -> tuple[float, float]:
-    """Train one block, in float32 whatever its dtype; its held-out error before and after."""
-    steps, rate, seed = settings
-    generator = torch.Generator().manual_seed(seed)
-    held = max(1, len(targets) // 8)
-    power = sum(float(target.float().square().mean()) for target in targets[-held:]) / held or 1.0
+def _distance(step: BlockStep, targets: Sequence[Tensor]) -> Callable[[int], Tensor]:
+    """The squared error of a block's outputs on one batch, over their mean square on some."""
+    sample = targets[-max(1, len(targets) // 8) :]
+    power = sum(float(target.float().square().mean()) for target in sample) / len(sample) or 1.0
 
     def error_on(index: int) -> Tensor:
         error = _output(step.calls[index], torch.float32) - targets[index].float()
         return error.square().mean() / power
 
+    return error_on
+
+
+def _train(
+    block: nn.Module,
+    error_on: Callable[[int], Tensor],
+    count: int,
+    settings: tuple[int, float, int],
+    on_step: Callable[[], None],
+) -> tuple[float, float]:
+    """Train one block, in float32 whatever its dtype; its error on the held-out eighth before and after."""
+    steps, rate, seed = settings
+    generator = torch.Generator().manual_seed(seed)
+    held = max(1, count // 8)
+
     @torch.no_grad()
     def held_out_error() -> float:
-        errors = [float(error_on(index)) for index in range(len(targets) - held, len(targets))]
-        return sum(errors) / held
+        return sum(float(error_on(index)) for index in range(count - held, count)) / held
 
     dtypes = {name: part.dtype for name, part in [*block.named_parameters(), *block.named_buffers()]}
     block.float()
@@ -154,7 +300,7 @@ def _refine(
         optimizer, lambda done: min(1.0, (done + 1) / 20) * 0.5 * (1 + math.cos(math.pi * done / steps))
     )
     for number in range(1, steps + 1):
-        index = int(torch.randint(len(targets) - held, (1,), generator=generator))
+        index = int(torch.randint(count - held, (1,), generator=generator))
         with torch.enable_grad():
             error_on(index).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(wanted, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,18 @@ import tiny
 import torch
 
 from rankfold import allocate, compress, find_sites
-from rankfold.checkpoint import load_tokenizer
+from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.modules import linear_at
 from rankfold.quality import next_token_quality
-from rankfold.recovery import recover, refine_blocks, sample_windows
+from rankfold.recovery import (
+    GENERATED,
+    recover,
+    recovery_windows,
+    refine_blocks,
+    refine_predictions,
+    sample_windows,
+)
+from rankfold.recovery.divergence import divergence as logit_divergence
 
 
 def windows(count: int, seed: int = 0) -> torch.Tensor:
@@ -47,6 +56,60 @@ def test_refinement_brings_every_block_nearer_to_the_dense_one(name: str) -> Non
     assert divergence(model, teacher, windows(8, 1)) < before
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "bert_classifier", "bert_masked", "mixtral", "mamba"])
+def test_refinement_towards_predictions_brings_the_model_nearer(name: str) -> None:
+    model, teacher, _ = damaged(name)
+    inputs = [{"input_ids": part} for part in windows(64).split(8)]
+
+    def distance() -> float:
+        with torch.no_grad():
+            pairs = [(model(**batch).logits, teacher(**batch).logits) for batch in inputs]
+        return sum(float(logit_divergence(*pair)) for pair in pairs)
+
+    before, original = distance(), copy.deepcopy(teacher.state_dict())
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    refined = refine_predictions(model, teacher, inputs, steps=40)
+    assert refined
+    assert all(block.after <= block.before for block in refined)
+    assert distance() < before
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert all(p.grad is None for p in model.parameters())
+    for key, part in teacher.state_dict().items():
+        torch.testing.assert_close(part, original[key], rtol=0, atol=0)
+
+
+def test_refinement_towards_predictions_is_resumed_and_keeps_sixteen_bits(tmp_path: Path) -> None:
+    batches = [{"input_ids": part} for part in windows(32).split(8)]
+    model, teacher, _ = damaged()
+    model, teacher = model.bfloat16(), teacher.bfloat16()
+    first = refine_predictions(model, teacher, batches, steps=20, work=tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    again, _, _ = damaged()
+    again = again.bfloat16()
+    (tmp_path / f"{first[-1].block}.safetensors").unlink()
+    second = refine_predictions(again, teacher, batches, steps=20, work=tmp_path)
+    assert [block.block for block in second] == [first[-1].block]
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layers_that_stayed_dense_are_trained_without_changing_the_teacher() -> None:
+    model, teacher, _ = damaged()
+    layer = teacher.model.layers[0].mlp.up_proj
+    model.model.layers[0].mlp.up_proj = copy.copy(layer)
+    model.model.layers[0].mlp.up_proj._parameters = dict(layer._parameters)
+    before = layer.weight.detach().clone()
+    refine_predictions(model, teacher, [{"input_ids": part} for part in windows(32).split(8)], steps=10)
+    torch.testing.assert_close(teacher.model.layers[0].mlp.up_proj.weight, before, rtol=0, atol=0)
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+
+
+def test_a_bare_encoder_has_no_predictions_to_refine_towards() -> None:
+    encoder = tiny.build("bert_classifier").base_model
+    with pytest.raises(ValueError, match="predicts no distribution"):
+        refine_predictions(encoder, encoder, [{"input_ids": part} for part in windows(16).split(8)])
 
 
 def test_a_killed_refinement_goes_on_with_the_blocks_that_are_done(tmp_path: Path) -> None:
@@ -144,6 +207,26 @@ def test_a_killed_recovery_goes_on_from_its_last_checkpoint(tmp_path: Path) -> N
 
     recover(model, teacher, windows(64), windows(8, 1), on_step=count, **settings)
     assert 40 - done > 0
+
+
+def test_recovery_reads_given_and_generated_text_in_equal_parts(bundled: Path) -> None:
+    teacher, tokenizer = load_model(bundled), load_tokenizer(bundled)
+    stages: list[str] = []
+
+    def stage(title: str, steps: int) -> Any:
+        stages.append(title)
+        return lambda: None
+
+    settings: dict[str, Any] = {"count": 8, "length": 32, "stage": stage}
+    windows, held_out = recovery_windows(teacher, teacher, tokenizer, ["bundled:calibration", GENERATED], **settings)
+    assert windows.shape == (8, 32)
+    assert held_out.shape[1] == 32
+    assert stages == ["generating text"]
+    _, decided = recovery_windows(teacher, teacher, tokenizer, [GENERATED], **settings)
+    assert decided.shape == (2, 32)
+    for texts, told in (([], "needs a text"), ([GENERATED], "pass --dense")):
+        with pytest.raises(ValueError, match=told):
+            recovery_windows(teacher, None, tokenizer, texts, **settings)
 
 
 def test_a_missing_or_foreign_teacher_is_an_error(tmp_path: Path) -> None:
