@@ -113,7 +113,7 @@ def numbers() -> str:
     trained = chosen(records, "stories260K", "trained")
     if trained:
         lines += [
-            "With training (block refinement: 300 steps a block; KL: at most 400 steps of 16 windows), seed 0:",
+            "With training (block refinement: 300 steps a block; KL: at most 1,200 steps of 16 windows), seed 0:",
             "",
         ]
         lines += table(trained, "stories260K: perplexity")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -131,6 +131,10 @@ def _both(
             drifted.run()
 
 
+class _SeenError(Exception):
+    """Ends a block's run at the layer that was waited for: what comes after it is not needed."""
+
+
 def _streams(
     model: Any,
     name: str,
@@ -138,18 +142,24 @@ def _streams(
     layers: tuple[Mapping[str, nn.Module], Mapping[str, nn.Module]],
     on_batch: Callable[[], None],
 ) -> _Streams | None:
-    """Run the block on both streams and compare what one layer reads; nothing where the rows do not correspond."""
+    """Run the block up to one layer on both streams and compare what it reads; nothing where rows do not correspond."""
     block = steps[0].path
     inside = [{n: m for n, m in side.items() if f".{block}." in f".{n}"} for side in layers]
     seen: list[Tensor] = []
+
+    def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise _SeenError
+
     sums: list[Any] = [0.0, 0.0, 0.0, 0.0]
     count = 0
     for calls in zip(*(step.calls for step in steps), strict=True):
         seen.clear()
         for call, modules in zip(calls, inside, strict=True):
             put(model, modules)
-            hook = modules[name].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-            call.module(*call.args, **call.kwargs)
+            hook = modules[name].register_forward_pre_hook(look)
+            with suppress(_SeenError):
+                call.module(*call.args, **call.kwargs)
             hook.remove()
         call = calls[0]
         hidden = call.args[0] if call.args else call.kwargs["hidden_states"]
