@@ -28,6 +28,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import BertForSequenceClassification
 
 from rankfold import Record, allocate, calibrate, compress, compress_blocks, find_sites
@@ -269,19 +270,55 @@ def int8(subject: Subject, model: Any, keep: float, seed: int) -> float:
 
 def nf4(subject: Subject, model: Any, keep: float, seed: int) -> float:
     """4-bit NormalFloat by bitsandbytes, a float32 scale for 64 weights, of the same layers."""
-    import bitsandbytes.functional as bnb
-
     names = {site.name for site in find_sites(model).select()}
     for name in names:
-        linear = linear_at(model, name)
-        # One row: the CPU kernel of some versions misreads the scales of matrices (checked below).
-        flat = linear.weight.data.float().reshape(1, -1).contiguous()
-        packed, state = bnb.quantize_4bit(flat, blocksize=64, quant_type="nf4")
-        restored = bnb.dequantize_4bit(packed, state)
-        error = float((restored - flat).norm() / flat.norm())
-        assert error < 0.15, f"{name}: 4-bit weights are off by {error:.0%}: this build of bitsandbytes is broken"
-        linear.weight.data = restored.reshape(linear.weight.shape).to(linear.weight.dtype)
+        weight = linear_at(model, name).weight
+        weight.data = rounded_to_nf4(weight.data)
     return _bits(model, names, 4 + 32 / 64, rows=False)
+
+
+def rounded_to_int8(W: Tensor) -> Tensor:
+    """A matrix as 8-bit integers hold it, one scale a row."""
+    scale = W.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    return (W / scale).round() * scale
+
+
+def rounded_to_nf4(W: Tensor) -> Tensor:
+    """A matrix as bitsandbytes' 4-bit NormalFloat holds it."""
+    import bitsandbytes.functional as bnb
+
+    # One row: the CPU kernel of some versions misreads the scales of matrices (checked below).
+    flat = W.float().reshape(1, -1).contiguous()
+    packed, state = bnb.quantize_4bit(flat, blocksize=64, quant_type="nf4")
+    restored = bnb.dequantize_4bit(packed, state)
+    error = float((restored - flat).norm() / flat.norm())
+    assert error < 0.15, f"4-bit weights are off by {error:.0%}: this build of bitsandbytes is broken"
+    return restored.reshape(W.shape).to(W.dtype)
+
+
+class Rounded(nn.Module):
+    """A weight that computes as a quantizer stores it, and is trained as if it did not (Bengio et al. 2013)."""
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._rounded = rounded
+
+    def forward(self, W: Tensor) -> Tensor:
+        """The matrix as it is stored, differentiable as the identity."""
+        return W + (self._rounded(W.detach()) - W).detach()
+
+
+def rounding(rounded: Callable[[Tensor], Tensor], bits: float, rows: bool) -> Callable[..., float]:
+    """A quantizer that training sees: weights are rounded in every forward pass, and at last for good."""
+
+    def run(subject: Subject, model: Any, keep: float, seed: int) -> float:
+        names = {site.name for site in find_sites(model).select()}
+        stored = _bits(model, names, bits, rows)
+        for name in names:
+            parametrize.register_parametrization(linear_at(model, name), "weight", Rounded(rounded))
+        return stored
+
+    return run
 
 
 def _bits(model: Any, names: set[str], bits: float, rows: bool) -> float:
@@ -339,6 +376,12 @@ TRAINING_FREE: dict[str, Callable[..., float]] = {
 }
 
 PLAIN: dict[str, Callable[..., float]] = {"int8": int8, "nf4": nf4}
+
+TRAINABLE = TRAINING_FREE | {
+    "int8": rounding(rounded_to_int8, 8, rows=True),
+    "nf4": rounding(rounded_to_nf4, 4 + 32 / 64, rows=False),
+}
+"""What recovery can start from."""
 
 ABLATION: dict[str, Callable[..., float]] = {
     "whitened, uniform, two factors": one_shot("whitened"),
@@ -554,7 +597,7 @@ class Training:
             model = self.subject.load()
             dense = {site.name: linear_at(model, site.name) for site in find_sites(model).select()}
             method = row.removesuffix(REFINED_OUTPUTS).removesuffix(REFINED)
-            stored = (TRAINING_FREE | PLAIN)[method](self.subject, model, keep, 0)
+            stored = TRAINABLE[method](self.subject, model, keep, 0)
             batches = make_batches(model, self.subject.windows(1024, 0), TRAINING_BATCH)
             if row.endswith(REFINED):
                 refine_predictions(model, self.subject.load(), batches, steps=REFINE_STEPS)
@@ -571,37 +614,45 @@ class Training:
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder) / "work"
             recover(model, self.teacher, windows, held_out, work=work, steps=self.steps, batch_size=TRAINING_BATCH)
+        for module in list(model.modules()):
+            if parametrize.is_parametrized(module):
+                parametrize.remove_parametrizations(module, "weight")
         return model, stored
 
 
 REFINED = " + refinement"
 REFINED_OUTPUTS = " + refinement towards outputs"
 
-TRAINED = (
-    ("rankfold", None),
-    ("rankfold" + REFINED_OUTPUTS, None),
-    ("rankfold" + REFINED, None),
-    ("rankfold" + REFINED, "both texts"),
-    ("lord", None),
-    ("lord", "both texts"),
-    ("block removal", None),
-    ("block removal", "both texts"),
-    ("rankfold", "both texts"),
-    ("rankfold", "given text"),
-    ("rankfold", "generated text"),
-    ("lord" + REFINED, None),
+BOTH = (0.8, 0.6)
+
+TRAINED: tuple[tuple[str, str | None, tuple[float, ...]], ...] = (
+    ("rankfold", None, BOTH),
+    ("rankfold" + REFINED_OUTPUTS, None, BOTH),
+    ("lord", None, BOTH),
+    ("block removal", None, BOTH),
+    ("rankfold" + REFINED, None, BOTH),
+    ("rankfold" + REFINED, "both texts", BOTH),
+    ("rankfold", "both texts", BOTH),
+    ("lord", "both texts", BOTH),
+    ("block removal", "both texts", BOTH),
+    ("int8", "both texts", (1.0,)),
+    ("nf4", "both texts", (1.0,)),
+    ("rankfold", "given text", (0.8,)),
+    ("rankfold", "generated text", (0.8,)),
+    ("lord" + REFINED, None, (0.8,)),
 )
-"""What is trained, and the text of its recovery."""
+"""What is trained, the text of its recovery, and what it keeps."""
 
 
 def trained(results: Results, training: Training, keeps: tuple[float, ...]) -> None:
     """Refinement, then recovery; peers with the same refinement and the same recovery."""
-    for (row, text), keep in itertools.product(TRAINED, keeps):
+    for row, text, kept_shares in TRAINED:
+        for keep in (keep for keep in kept_shares if keep in keeps):
 
-        def run(row: str = row, text: str | None = text, keep: float = keep) -> tuple[Any, float]:
-            return training.start(row, keep) if text is None else training.recovered(row, keep, text)
+            def run(row: str = row, text: str | None = text, keep: float = keep) -> tuple[Any, float]:
+                return training.start(row, keep) if text is None else training.recovered(row, keep, text)
 
-        results.add(training.subject, "trained", row if text is None else f"{row} + KL on {text}", keep, 0, run)
+            results.add(training.subject, "trained", row if text is None else f"{row} + KL on {text}", keep, 0, run)
 
 
 def parts(results: Results, arguments: argparse.Namespace) -> Iterator[str]:
@@ -653,7 +704,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, help="folder with weights/ and data/")
     parser.add_argument("--part", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--keep", type=float, nargs="*", default=(0.8, 0.6), help="what the part `trained` keeps")
+    parser.add_argument("--keep", type=float, nargs="*", default=(1.0, *BOTH), help="what the part `trained` keeps")
     parser.add_argument("--steps", type=int, default=RECOVERY_STEPS, help="steps of recovery")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.jsonl")
     arguments = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,12 @@ ROWS: dict[str, tuple[str, Callable[[float], str], bool]] = {
     "accuracy": ("accuracy", lambda v: f"{v:.2%}", False),
     "kl_to_dense": ("KL to dense, nat/token", lambda v: f"{v:.4f}", False),
     "top1_agreement": ("same first choice", lambda v: f"{v:.1%}", False),
+    "choice": ("true continuation found", lambda v: f"{v:.1%}", False),
+    "next_line": ("next line exact", lambda v: f"{v:.1%}", False),
+    "parses": ("completions that parse", lambda v: f"{v:.1%}", False),
+    "knows_names": ("and use no unknown name", lambda v: f"{v:.1%}", False),
+    "repeated": ("repeated 4-grams", lambda v: f"{v:.1%}", False),
+    "distinct": ("distinct bigrams", lambda v: f"{v:.1%}", False),
     "parameters": ("parameters", lambda v: f"{v:,.0f}", True),
     "memory": ("bytes in memory", lambda v: f"{v:,.0f}", True),
     "disk": ("bytes on disk", lambda v: f"{v:,.0f}", True),
@@ -120,7 +127,8 @@ def table(records: Sequence[Record], subjects: Iterable[str]) -> list[list[str]]
     """Rows of text: what, each subject's value with its standard error, and the last one's ratio to the first."""
     names = list(subjects)
     rows = []
-    for name, (title, write, comparable) in ROWS.items():
+    passes = dict.fromkeys(record.name for record in records if re.fullmatch(r"pass@\d+", record.name))
+    for name, (title, write, comparable) in {**{k: (k, ROWS["choice"][1], False) for k in passes}, **ROWS}.items():
         data = list(dict.fromkeys(record.context.get("data") for record in records if record.name == name))
         for corpus in data:
             found = [record for record in records if record.context.get("data") == corpus]

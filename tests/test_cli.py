@@ -59,8 +59,38 @@ def test_a_verb_has_few_options_and_help_for_each(command: typer.models.CommandI
 
 def test_help_lists_the_verbs() -> None:
     text = run("--help").stdout
-    assert all(verb in text for verb in ("inspect", "compress", "measure", "export", "demo"))
+    assert all(verb in text for verb in ("inspect", "compress", "recover", "measure", "evaluate", "export", "demo"))
     assert "--keep" in run("compress", "--help").stdout
+
+
+def test_evaluate_writes_programs_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    row = {"text": "Add one.", "code": "def f(x):\n    return x + 1", "test_list": ["assert f(1) == 2"]}
+    tasks.write_text("".join(json.dumps({**row, "task_id": n}) + "\n" for n in range(3)))
+    arguments = (
+        "evaluate", MODEL, "--dense", MODEL, "--tasks", str(tasks), "--items", "8", "--samples", "2", "--k", "1",
+        "--k", "2", "--temperature", "0.8", "--new-tokens", "16", "--work", str(tmp_path / "work"), "--batch", "2",
+    )  # fmt: skip
+    first = run(*arguments)
+    found = records(first.stdout)
+    assert (found["dense", "pass@2"].value, found["compressed", "choice_minus_dense"].value) == (0.0, 0.0)
+    assert found["dense", "pass@1"].context["interval"][1] > 0.3
+    assert found["dense", "pass@1"].context["sandbox"] in ("bubblewrap", "namespaces", "limits")
+    assert "Generated programs run under" in first.stderr
+    assert "pass@2" in first.stderr
+    # Dense and compressed are the same model here, so they share one file; what a kill leaves of it is gone on with.
+    (file,) = (tmp_path / "work").glob("tasks.jsonl-*.jsonl")
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    again = records(run(*arguments).stdout)
+    assert {key: record.value for key, record in again.items()} == {key: r.value for key, r in found.items()}
+    assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_evaluate_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    assert "between 1 and --samples" in run("evaluate", MODEL, "--k", "3", code=2).stderr
+    missing = tmp_path / "none.jsonl"
+    assert "no such file" in run("evaluate", MODEL, "--tasks", str(missing), code=2).stderr
 
 
 def test_compress_measure_export(tmp_path: Path) -> None:

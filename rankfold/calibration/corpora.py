@@ -123,6 +123,20 @@ def _row_text(row: Any, place: str) -> str:
 
 
 def _dataset_texts(name: str) -> Iterator[str]:
+    for number, row in enumerate(dataset_rows(name, split="train")):
+        yield _row_text(row, f"{name}, row {number}")
+
+
+def dataset_rows(name: str, split: str) -> Iterator[Any]:
+    """The rows of a data set `name`, `name:config` or `name:config:split`, read as a stream.
+
+    Args:
+        name: A data set of the hub.
+        split: The split where the name has none.
+
+    Raises:
+        ValueError: If it cannot be reached, or `datasets` is not installed.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -130,13 +144,11 @@ def _dataset_texts(name: str) -> Iterator[str]:
             f"{name}: no such file, and reading it as a data set needs an extra: pip install 'rankfold[datasets]'"
         ) from error
     dataset, _, rest = name.partition(":")
-    config, _, split = rest.partition(":")
+    config, _, named = rest.partition(":")
     try:
-        rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
+        yield from datasets.load_dataset(dataset, config or None, split=named or split, streaming=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: neither a file here nor a data set that can be reached ({error}).") from error
-    for number, row in enumerate(rows):
-        yield _row_text(row, f"{name}, row {number}")
 
 
 def token_stream(tokenizer: Any, texts: Sequence[str], limit: int | None = None) -> Int[Tensor, " tokens"]:

@@ -1,0 +1,6 @@
+"""`python -m rankfold.cli`."""
+
+from rankfold.cli import main
+
+if __name__ == "__main__":
+    main()

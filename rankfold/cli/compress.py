@@ -1,0 +1,128 @@
+"""`rankfold compress`: a budget in the user's words becomes a checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankfold.allocation import ALLOCATIONS
+from rankfold.calibration import load_corpus
+from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
+from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteNames, default_length, to_dtype
+from rankfold.cost import parameter_count
+from rankfold.factorization import METHODS
+from rankfold.pipeline import Budget, Settings, compress_within, read_text
+from rankfold.shards import check_target
+from rankfold.sites import Sites, find_sites
+from rankfold.summary import report_plan
+from rankfold.terminal import say, stages
+
+
+def compress(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder of the compressed model; written whole or not at all.")],
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the sites' parameters to keep, in (0, 1] (default: 0.8).", rich_help_panel="Budget"
+        ),
+    ] = None,
+    bytes_: Annotated[
+        str | None,
+        typer.Option("--bytes", help="Bytes of the whole model, such as 9GB or 700MiB.", rich_help_panel="Budget"),
+    ] = None,
+    max_loss_increase: Annotated[
+        float | None,
+        typer.Option(
+            help="Smallest model whose loss on held-out text rises by no more, in nats per token.",
+            rich_help_panel="Budget",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="An explicit rank for all sites.", rich_help_panel="Budget")] = None,
+    method: Annotated[
+        str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.", rich_help_panel="Method")
+    ] = "kfac",
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How to choose ranks: {', '.join(ALLOCATIONS)} (default: knapsack for kfac, otherwise uniform).",
+            rich_help_panel="Method",
+        ),
+    ] = None,
+    sites: SiteNames = None,
+    multiple: Annotated[
+        int, typer.Option(help="Lower ranks to a multiple of this, for fast kernels.", rich_help_panel="Method")
+    ] = 1,
+    refine: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Gradient steps on each block after its factorization (0: none).", rich_help_panel="Method"
+        ),
+    ] = 0,
+    refine_toward: Annotated[
+        str,
+        typer.Option(
+            help="What refined blocks aim at: predictions of the model, or each block's own output (far cheaper).",
+            rich_help_panel="Method",
+        ),
+    ] = "predictions",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text to calibrate on: a text or JSONL file, or a data set name.", rich_help_panel="Calibration"
+        ),
+    ] = "bundled:calibration",
+    sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences of the calibration text.", rich_help_panel="Calibration")
+    ] = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Tokens a sequence (default: 512, or what the model reads).", rich_help_panel="Calibration"
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Factorize a model and save a checkpoint that loads in transformers."""
+    start = time.perf_counter()
+    check_target(output, overwrite)
+    budget = Budget.of(keep=keep, bytes_=bytes_, max_loss_increase=max_loss_increase, rank=rank)
+    settings = Settings(method, allocation, multiple, refine, refine_toward, seed)
+    loaded = load_model(model, dtype=to_dtype(dtype), device=device)
+    tokenizer = load_tokenizer(model) if settings.needs_text(budget) else tokenizer_if_any(model)
+    chosen = find_sites(loaded).select(sites or ())
+    before = parameter_count(loaded)
+    settings.check(loaded, chosen, budget)
+    _check_space(output, loaded, budget.keep_of(loaded, chosen) or 1.0, chosen)
+    text = None
+    if settings.needs_text(budget):
+        corpus = load_corpus(calibration)
+        length = length or default_length(loaded.config)
+        text = read_text(loaded, tokenizer, corpus, settings, budget, sequences=sequences, length=length)
+        say(f"Calibrating on {sequences} x {length} tokens of {corpus.name}.")
+        if calibration.startswith("bundled:"):
+            say("This is the bundled sample; text like your own gives a better model: --calibration my_text.jsonl")
+    work = output.with_name(f".{output.name}.refine")
+    with stages() as stage:
+        plan = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
+    save(loaded, tokenizer, output, overwrite=overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    report_plan(output, plan, chosen, before, parameter_count(loaded), time.perf_counter() - start)
+
+
+def _check_space(output: Path, model: Any, keep: float, sites: Sites) -> None:
+    """Say before the work that the disk is too small for the checkpoint."""
+    parent = next(path for path in [output.absolute().parent, *output.absolute().parents] if path.exists())
+    dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
+    rest = sum(p.numel() * p.element_size() for p in model.parameters()) - dense
+    free = shutil.disk_usage(parent).free
+    needed = int(keep * dense) + rest
+    if needed > free:
+        raise ValueError(f"{output}: the checkpoint needs {needed:,} bytes, but {parent} has {free:,} free.")

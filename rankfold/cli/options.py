@@ -1,0 +1,54 @@
+"""Options that several verbs share, and what they have in common to check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from rankfold.calibration import max_length
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+HELD_OUT_TEXTS = ("bundled:english-held-out", "bundled:python-held-out")
+"""What quality is measured on by default: two corpora, since one flatters whoever calibrated on its like."""
+
+Model = Annotated[str, typer.Argument(help="Model folder, or name on the Hugging Face hub.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Records = Annotated[Path | None, typer.Option("--output", help="File for the records (default: stdout).")]
+SiteNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sites", help="Pattern or kind of site, such as 'mlp.c_proj'; repeat it (default: all in the blocks)."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
+
+
+def default_length(config: Any) -> int:
+    """Tokens of a window: 512, or fewer where the model reads fewer."""
+    return min(512, max_length(config) or 512)
+
+
+def to_dtype(name: str) -> torch.dtype | None:
+    """The dtype that an option names; `None` is the checkpoint's own."""
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {name!r}.")
+    return DTYPES[name]
+
+
+def check_comparable(models: Mapping[str, Any]) -> None:
+    """Refuse to compare models token by token that have different tokens."""
+    sizes = {name: model.config.vocab_size for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"Models are compared token by token and must share a vocabulary, but have {sizes} tokens.")
+
+
+def is_decoder(models: Iterable[Any]) -> bool:
+    """Whether all models are causal language models."""
+    return all(model.can_generate() and not model.config.is_encoder_decoder for model in models)

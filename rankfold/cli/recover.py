@@ -1,0 +1,104 @@
+"""`rankfold recover`: training gives back what compression took."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from rankfold.calibration import check_length
+from rankfold.checkpoint import load_model, load_tokenizer, save, stored_dtype
+from rankfold.cli.options import Device, Dtype, Overwrite, Seed, default_length, is_decoder, to_dtype
+from rankfold.measure import circumstances
+from rankfold.pipeline import fingerprint
+from rankfold.record import Record
+from rankfold.recovery import GENERATED, recovery_windows
+from rankfold.recovery import recover as recover_model
+from rankfold.shards import check_target
+from rankfold.terminal import say, stages, write_records
+
+MOST_WINDOWS = 4096
+"""Windows that recovery trains on at most; more steps read them again."""
+
+
+def recover(
+    model: Annotated[str, typer.Argument(help="Folder of the compressed model.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the recovered model; written whole or not at all.")],
+    dense: Annotated[str | None, typer.Option(help="The dense model, whose distribution is the target.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to train on: a file, a data set name, or 'generated' by the dense model; repeat it to mix "
+            "(default: bundled:calibration)."
+        ),
+    ] = None,
+    objective: Annotated[str, typer.Option(help="kl (to the dense model) or next-token.")] = "kl",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps at most; it stops early.")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a window (default: 512, or what the model reads).")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate (default: one that suits the width).")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="Train LoRA adapters of this rank, then merge them.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Train a compressed model against its dense one; a killed run goes on where it stopped."""
+    check_target(output, overwrite)
+    texts = text or ["bundled:calibration"]
+    if objective == "kl" and dense is None:
+        raise ValueError("--objective kl needs the dense model: pass --dense, or take --objective next-token.")
+    # 16-bit weights cannot take small steps: they are trained in float32 and rounded when they are saved.
+    loaded, tokenizer = load_model(model, dtype=torch.float32, device=device), load_tokenizer(model)
+    stored = to_dtype(dtype) or stored_dtype(model)
+    _check_decoder(loaded)
+    teacher = load_model(dense, dtype=to_dtype(dtype), device=device) if dense is not None else None
+    length = length or default_length(loaded.config)
+    check_length(loaded, length)
+    count = min(steps * batch, MOST_WINDOWS)
+    with stages() as stage:
+        windows, held_out = recovery_windows(
+            loaded, teacher, tokenizer, texts, count=count, length=length, seed=seed, stage=stage
+        )
+        advance = stage("training", steps)
+        folder = output.with_name(f".{output.name}.recovery")
+        work = folder / fingerprint(loaded, teacher, windows, objective, steps, batch, rate, lora, seed)
+        result = recover_model(
+            loaded,
+            teacher,
+            windows,
+            held_out,
+            work=work,
+            objective=objective,
+            steps=steps,
+            batch_size=batch,
+            rate=rate,
+            lora_rank=lora,
+            seed=seed,
+            on_step=advance,
+        )
+    given = [name for name in texts if name != GENERATED]
+    if hasattr(loaded.config, "rankfold") and given:
+        facts = {**loaded.config.rankfold["calibration"], "recovery_text": given}
+        loaded.config.rankfold = {**loaded.config.rankfold, "calibration": facts}
+    save(loaded.to(stored), tokenizer, output, overwrite=overwrite)
+    shutil.rmtree(folder, ignore_errors=True)
+    what = "divergence from the dense model" if objective == "kl" else "loss"
+    say(f"Held-out {what}: {result.before:.4f} -> {result.after:.4f} nat/token in {result.steps} steps.")
+    say(f"Checkpoint: {output}")
+    context = circumstances(text=texts, objective=objective, lora_rank=lora, seed=seed)
+    values = [("held_out_before", result.before, "nat/token"), ("held_out_after", result.after, "nat/token")]
+    values += [("steps", result.steps, "1")]
+    write_records(
+        [Record(subject=str(output), name=n, value=v, unit=u, context=context) for n, v, u in values], output=None
+    )
+
+
+def _check_decoder(model: Any) -> None:
+    if not is_decoder([model]):
+        raise ValueError(f"Recovery trains on next-token distributions, which a {type(model).__name__} has not.")
