@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
-from rankfold.modules import Factorized, FactorizedLinear, LinearStack, restack
+from rankfold.modules import Factorized, FactorizedLinear, LinearStack, SpQRLinear, restack
 from rankfold.plan import Plan
 
 PREFIX = "rankfold-"
@@ -40,6 +40,7 @@ _MODULE_FILES = (
     "low_rank_linear",
     "tucker_linear",
     "pivoted_linear",
+    "spqr_linear",
     "linear_stack",
     "install",
 )
@@ -130,13 +131,15 @@ def adopt(model: Any, plan: Plan) -> None:
 
 
 def release(model: Any) -> None:
-    """Turn a model of ours into the stock one, in place: every factorized module becomes its dense product.
+    """Turn a model of ours into the stock one, in place: quantized and factorized modules become dense layers.
 
     Raises:
         ValueError: If a factorized layer has a bias for which the stock architecture has no place.
     """
     stock = stock_class(type(model))
-    factorized = {path: module for path, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+    _dequantize_factors(model)
+    made = (FactorizedLinear, SpQRLinear)
+    factorized = {path: module for path, module in model.named_modules() if isinstance(module, made)}
     biases = {f"{path}.bias" for path, module in factorized.items() if module.bias is not None}
     config, pattern = _pattern_with(stock, model.config, biases)
     for path, module in factorized.items():
@@ -157,6 +160,14 @@ def release(model: Any) -> None:
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)
     model.config.architectures = [stock.__name__]
+
+
+def _dequantize_factors(model: nn.Module) -> None:
+    """Turn quantized factors into linear layers, in place, so that factorized layers can be multiplied out."""
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()) if isinstance(module, FactorizedLinear) else ():
+            if isinstance(part, SpQRLinear):
+                setattr(module, name, part.to_dense())
 
 
 _BIAS_FLAGS = ("attention_bias", "mlp_bias", "use_bias", "bias")

@@ -59,7 +59,9 @@ def test_a_verb_has_few_options_and_help_for_each(command: typer.models.CommandI
 
 def test_help_lists_the_verbs() -> None:
     text = run("--help").stdout
-    assert all(verb in text for verb in ("inspect", "compress", "recover", "measure", "evaluate", "export", "demo"))
+    assert all(
+        verb in text for verb in ("inspect", "compress", "recover", "quantize", "measure", "evaluate", "export", "demo")
+    )
     assert "--keep" in run("compress", "--help").stdout
 
 
@@ -85,6 +87,22 @@ def test_evaluate_writes_programs_and_goes_on_after_a_kill(tmp_path: Path) -> No
     again = records(run(*arguments).stdout)
     assert {key: record.value for key, record in again.items()} == {key: r.value for key, r in found.items()}
     assert sorted(file.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_quantize_a_compressed_model_and_measure_it(tmp_path: Path) -> None:
+    run("compress", MODEL, str(tmp_path / "low"), "--method", "svd", "--keep", "0.8")
+    out = tmp_path / "out"
+    settings = ("--bits", "3", "--sequences", "8", "--length", "64")
+    done = run("quantize", str(tmp_path / "low"), str(out), *settings)
+    assert "bits a weight on average" in done.stderr
+    found = records(done.stdout)
+    assert found[str(out), "disk"].value < 0.75 * found[str(out), "dense_memory"].value  # type: ignore[operator]
+    measured = run("measure", str(out), "--no-latency", "--windows", "2", "--text", "bundled:python-held-out")
+    assert records(measured.stdout)["model", "perplexity"].value is not None
+    assert "quantized already" in run("quantize", str(out), str(tmp_path / "again"), *settings, code=2).stderr
+    assert not (tmp_path / "again").exists()
+    assert "--scheme must be" in run("quantize", MODEL, str(tmp_path / "x"), "--scheme", "int3", code=2).stderr
+    assert "2 to 8 bits" in run("quantize", MODEL, str(tmp_path / "x"), "--bits", "1", code=2).stderr
 
 
 def test_evaluate_refuses_what_it_cannot_do(tmp_path: Path) -> None:

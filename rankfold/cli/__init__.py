@@ -16,6 +16,7 @@ from rankfold.cli.evaluate import evaluate
 from rankfold.cli.export import export
 from rankfold.cli.inspect import inspect
 from rankfold.cli.measure import measure
+from rankfold.cli.quantize import quantize
 from rankfold.cli.recover import recover
 from rankfold.terminal import console, say
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS: tuple[Callable[..., None], ...] = (inspect, compress, recover, measure, evaluate, export, demo)
+VERBS: tuple[Callable[..., None], ...] = (inspect, compress, recover, quantize, measure, evaluate, export, demo)
 """In the order of the help."""
 
 for verb in VERBS:

@@ -5,12 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rankfold.modules import SpQRLinear
 from rankfold.shards import shard_files
 
 
 def parameter_count(model: Any) -> int:
-    """Numbers in all parameters, shared ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Numbers in all parameters, shared ones counted once; a weight in few bits is one number."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, SpQRLinear):
+            total += module.out_features * module.in_features
+    for parameter in model.parameters():
+        # bitsandbytes packs two weights into a byte, and remembers their shape.
+        state = getattr(parameter, "quant_state", None)
+        total += parameter.numel() if state is None else state.shape.numel()
+    return total
 
 
 def memory_bytes(model: Any) -> int:

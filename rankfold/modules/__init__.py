@@ -15,6 +15,7 @@ from rankfold.modules.linear_stack import LinearStack, restack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.module_weight import ModuleWeight
 from rankfold.modules.pivoted_linear import PivotedLinear
+from rankfold.modules.spqr_linear import SpQRLinear, pack, statistics, unpack
 from rankfold.modules.tucker_linear import TuckerLinear
 
 __all__ = [
@@ -25,12 +26,16 @@ __all__ = [
     "LowRankLinear",
     "ModuleWeight",
     "PivotedLinear",
+    "SpQRLinear",
     "TuckerLinear",
     "install",
     "linear_at",
     "linear_shape",
+    "pack",
     "put",
     "resolve",
     "restack",
+    "statistics",
+    "unpack",
     "use_eager_experts",
 ]

@@ -11,6 +11,7 @@ from rankfold.modules.factorized_linear import FactorizedLinear
 from rankfold.modules.linear_stack import LinearStack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.pivoted_linear import PivotedLinear
+from rankfold.modules.spqr_linear import SpQRLinear
 from rankfold.modules.tucker_linear import TuckerLinear
 
 READS_PLAN_VERSION = 1
@@ -66,7 +67,28 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
             ranks, bias = tuple(option["ranks"]), option.get("bias", False)
             empty = form(in_features, out_features, ranks, bias, like.device, like.dtype, **extra)
             model.set_submodule(path, empty)
+    install_quantized(model, plan.get("quantization") or {"modules": {}})
     use_eager_experts(model)
+
+
+def install_quantized(model: nn.Module, quantization: Mapping[str, Any]) -> None:
+    """Replace every quantized layer, dense or a factor, by an empty one of its size.
+
+    Raises:
+        ValueError: If the model lacks one of the layers.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    for name, kept in quantization["modules"].items():
+        path = resolve(model, name)
+        if path is None and not name.startswith(f"{prefix}."):
+            continue
+        if path is None:
+            raise ValueError(f"{name}: the checkpoint quantizes this layer, but {type(model).__name__} has none there.")
+        dense = linear_at(model, path)
+        out_features, in_features = linear_shape(dense)
+        like, bias = dense.weight, dense.bias is not None
+        empty = SpQRLinear(in_features, out_features, kept, bias, quantization["grid"], like.device, like.dtype)
+        model.set_submodule(path, empty)
 
 
 def resolve(model: nn.Module, site: str) -> str | None:

@@ -1,0 +1,98 @@
+"""`rankfold quantize`: weights and factors in few bits, on top of low rank or alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankfold.calibration import calibration_windows, load_corpus, make_batches
+from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
+from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, default_length, to_dtype
+from rankfold.cost import disk_bytes, memory_bytes, parameter_count
+from rankfold.measure import circumstances
+from rankfold.quantization import SCHEMES, Grid, is_linear, quantize_blocks, quantize_by_library
+from rankfold.record import Record
+from rankfold.shards import check_target
+from rankfold.sites import block_paths
+from rankfold.terminal import say, stages, write_records
+
+SPQR = "spqr"
+BATCH = 8
+"""Windows a batch."""
+
+
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder of the quantized model; written whole or not at all.")],
+    scheme: Annotated[
+        str,
+        typer.Option(help=f"{SPQR} (2 to 8 bits, outliers kept), or with bitsandbytes: {', '.join(SCHEMES)}."),
+    ] = SPQR,
+    bits: Annotated[int, typer.Option(help="Bits of a weight, for spqr.")] = 4,
+    group: Annotated[int, typer.Option(help="Weights that share a scale, for spqr.")] = 16,
+    outliers: Annotated[float, typer.Option(help="Share of the weights kept in 16 bits, for spqr.")] = 0.01,
+    calibration: Annotated[
+        str, typer.Option(help="Text to calibrate on: a text or JSONL file, or a data set name.")
+    ] = "bundled:calibration",
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of the calibration text.")] = 128,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a sequence (default: 512, or what the model reads).")
+    ] = None,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Store the linear layers of a model, dense ones and factors, in few bits."""
+    start = time.perf_counter()
+    check_target(output, overwrite)
+    if scheme != SPQR and scheme not in SCHEMES:
+        raise ValueError(f"--scheme must be one of {SPQR}, {', '.join(SCHEMES)}, but got {scheme!r}.")
+    before: int | None
+    if scheme == SPQR:
+        grid = Grid(bits, group, outliers=outliers)
+        loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device), load_tokenizer(model)
+        before = memory_bytes(loaded)
+        windows, _, _ = calibration_windows(
+            loaded, tokenizer, load_corpus(calibration), sequences=sequences,
+            length=length or default_length(loaded.config), seed=seed,
+        )  # fmt: skip
+        _quantize_blocks(loaded, make_batches(loaded, windows, BATCH), grid)
+    else:
+        chosen: Any = to_dtype(dtype)
+        before = memory_bytes(load_model(model))
+        settings = {} if chosen is None else {"dtype": chosen}
+        loaded, summary = quantize_by_library(model, scheme, device=device, **settings)
+        tokenizer = tokenizer_if_any(model)
+        say(f"{len(summary.quantized)} layers quantized and tested.")
+        if summary.left:
+            say(f"{len(summary.left)} layers came out wrong and stay in 16 bits, for example {summary.left[0]}.")
+        if summary.padded:
+            say(f"Factors were filled up with {summary.padded:,} zeros, which are stored too.")
+    save(loaded, tokenizer, output, overwrite=overwrite)
+    stored = disk_bytes(output)
+    assert stored is not None, "it was written just now"
+    say(f"Checkpoint: {output}   ({time.perf_counter() - start:.1f} s)")
+    say(f"Bytes: {before:,} in memory before, {stored:,} on disk now.")
+    context = circumstances(scheme=scheme, bits=bits if scheme == SPQR else None, seed=seed)
+    values = [("dense_memory", before), ("disk", stored), ("parameters", parameter_count(loaded))]
+    units = {"parameters": "1"}
+    write_records(
+        [Record(subject=str(output), name=n, value=v, unit=units.get(n, "byte"), context=context) for n, v in values],
+        output=None,
+    )
+
+
+def _quantize_blocks(model: Any, batches: Any, grid: Grid) -> None:
+    paths = block_paths(model)
+    layers = [m for path in paths for m in model.get_submodule(path).modules() if is_linear(m)]
+    with stages() as stage:
+        on_layer = stage("layers", len(layers))
+        bits = quantize_blocks(model, batches, grid, on_layer=on_layer)
+    average = sum(bits.values()) / len(bits)
+    say(f"{len(bits)} of {len(layers)} layers in {average:.2f} bits a weight on average, all included.")
+    if len(bits) < len(layers):
+        say("The others are so small that few bits would not make them smaller.")

@@ -1,0 +1,138 @@
+"""Every linear layer of a model's blocks quantized, block after block, on what the quantized blocks before give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.architectures import adopt
+from rankfold.calibration import BlockStep, MomentAccumulator, walk_blocks
+from rankfold.modules import SpQRLinear, linear_shape
+from rankfold.plan import Plan
+from rankfold.quantization.spqr import Grid, bits_per_weight, spqr, spqr_linear
+from rankfold.record import versions
+
+
+@torch.no_grad()
+def quantize_blocks(
+    model: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    grid: Grid,
+    *,
+    on_batch: Callable[[], None] = lambda: None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Store the linear layers of all blocks, dense ones and factors, as SpQR does, in place.
+
+    A layer stays as it is where few bits would not make it smaller.
+
+    Args:
+        model: A transformers model, dense or factorized.
+        batches: Calibration batches on the model's device.
+        grid: Bits, groups and outliers.
+        on_batch: Called after each batch has passed a block.
+        on_layer: Called after each layer.
+
+    Returns:
+        Average bits of a weight, by the path of the layer.
+
+    Raises:
+        ValueError: If the model is quantized already, has no linear layer in its blocks, or a value is not finite.
+    """
+    if any(isinstance(module, SpQRLinear) for module in model.modules()):
+        raise ValueError("The model is quantized already. Quantize the checkpoint from which it was made.")
+    training = model.training
+    model.eval()
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    bits: dict[str, float] = {}
+    kept: dict[str, int] = {}
+    for step in walk_blocks(base, read, on_batch):
+        layers = {f"{prefix}{step.path}.{name}": layer for name, layer in _linears(base.get_submodule(step.path))}
+        for name, moment in _inputs(step, layers):
+            layer = _quantized(name, layers[name], moment, grid)
+            if layer is not None:
+                model.set_submodule(name, layer)
+                bits[name], kept[name] = bits_per_weight(layer), len(layer.outlier_values)
+            on_layer()
+    if not bits:
+        raise ValueError(f"{type(model).__name__}: no linear layer in the blocks of the model gets smaller by this.")
+    if not hasattr(model.config, "rankfold"):
+        adopt(model, Plan(options=(), method="", versions=versions()))
+    stored = {"scheme": "spqr", "grid": asdict(grid), "modules": kept}
+    model.config.rankfold = {**model.config.rankfold, "quantization": stored}
+    model.train(training)
+    return bits
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear` or GPT-2's transposed `Conv1D`."""
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def _linears(block: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in block.named_modules() if is_linear(module))
+
+
+def _inputs(step: BlockStep, layers: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The second moment of every layer's inputs, layers that read the same tensor sharing one."""
+    readers: dict[int, str] = {}
+    moments: dict[str, MomentAccumulator] = {}
+    with _hooked(layers, lambda name, x: readers.setdefault(id(x), name), keep=True) as leaders:
+        step.calls[0].module(*step.calls[0].args, **step.calls[0].kwargs)
+    for name in set(leaders.values()):
+        layer = layers[name]
+        moments[name] = MomentAccumulator(linear_shape(layer)[1], layer.weight.device)
+    with _hooked({name: layers[name] for name in moments}, lambda name, x: moments[name].update(x)):
+        for call in step.calls:
+            call.module(*call.args, **call.kwargs)
+    seconds: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        # An expert that no token of the first batch reached is rounded without regard to its inputs.
+        leader = leaders.get(name)
+        if leader is None:
+            yield name, torch.eye(linear_shape(layer)[1], device=layer.weight.device)
+            continue
+        if leader not in seconds:
+            seconds[leader] = moments.pop(leader).moments().second
+        yield name, seconds[leader]
+
+
+@contextmanager
+def _hooked(
+    layers: Mapping[str, Any], take: Callable[[str, Tensor], Any], keep: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Hand every layer's input to a function while the block runs; what it returns, by layer."""
+    results: dict[str, Any] = {}
+    alive: list[Tensor] = []
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            # Holding the tensor keeps its identity from being given to another one.
+            alive.extend(args[:1] if keep else ())
+            results[name] = take(name, args[0])
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(hook_for(name)).remove)
+        yield results
+
+
+def _quantized(name: str, layer: Any, second: Tensor, grid: Grid) -> SpQRLinear | None:
+    """The layer as SpQR stores it, or nothing where that is no smaller."""
+    weight = layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
+    try:
+        quantized = spqr(weight, second, grid)
+    except ValueError as error:
+        error.args = (f"{name}: {error}",)
+        raise
+    made = spqr_linear(quantized, grid, layer.bias, weight.dtype)
+    return made if bits_per_weight(made) < 8 * weight.element_size() else None

@@ -1,0 +1,135 @@
+"""Weights and factors in 8 or 4 bits by bitsandbytes, every layer tested after it: on CPUs some come out wrong."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rankfold.checkpoint import auto_class_for, load_model, save
+from rankfold.modules import LowRankLinear, linear_at
+from rankfold.plan import Plan
+
+SCHEMES = {"int8": 0.05, "nf4": 0.2}
+"""Schemes, and the relative error of a layer's outputs from which on the library is taken to have failed."""
+
+MULTIPLE = 64
+"""Ranks of 4-bit factors are filled up to a multiple of this: kernels on CPUs misread the scales of other rows."""
+
+
+class Summary(NamedTuple):
+    """What was done to which layers."""
+
+    quantized: tuple[str, ...]
+    left: tuple[str, ...]
+    """Layers that failed the test and stay as they were."""
+    padded: int
+    """Numbers, all of them zeros, by which factors were filled up."""
+
+
+def quantize_by_library(
+    source: str | Path, scheme: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> tuple[Any, Summary]:
+    """A model, dense or factorized, its linear layers stored in 8 or 4 bits (arXiv:2208.07339, 2305.14314).
+
+    Every layer is then given random inputs and compared with what it was; those that fail stay in 16 bits.
+
+    Args:
+        source: A model folder or the name of a model on the hub.
+        scheme: `int8` or `nf4`.
+        dtype: Dtype of what is not quantized.
+        device: Where to compute.
+
+    Raises:
+        ValueError: If bitsandbytes is not installed, the scheme is unknown, or no layer passes the test.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"The scheme must be one of {', '.join(SCHEMES)}, but got {scheme!r}.")
+    settings = _settings(scheme, dtype)
+    dense = load_model(source, dtype=dtype)
+    padded = pad_ranks(dense, MULTIPLE) if scheme == "nf4" else 0
+    head = [name for name, module in dense.named_modules() if module is dense.get_output_embeddings()]
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        save(dense, None, Path(folder) / "dense")
+        while True:
+            made = auto_class_for(dense.config).from_pretrained(
+                Path(folder) / "dense", quantization_config=settings(head + failed), device_map=device, dtype=dtype
+            )
+            layers = _quantized_layers(made)
+            wrong = [name for name, layer in layers.items() if not _passes(layer, dense.get_submodule(name), scheme)]
+            if not wrong:
+                break
+            failed += wrong
+    if not layers:
+        raise ValueError(f"{source}: bitsandbytes quantizes no layer of this model correctly here; see its {scheme}.")
+    return made.eval(), Summary(tuple(layers), tuple(failed), padded)
+
+
+def _settings(scheme: str, dtype: torch.dtype) -> Callable[[list[str]], Any]:
+    """The library's configuration for a list of layers that it is to leave alone."""
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{scheme} needs bitsandbytes: pip install 'rankfold[quantization]'") from error
+    if scheme == "int8":
+        return lambda skip: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)  # type: ignore[no-untyped-call]
+    return lambda skip: BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skip
+    )
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    names = {"Linear8bitLt", "Linear4bit"}
+    return {name: module for name, module in model.named_modules() if type(module).__name__ in names}
+
+
+@torch.no_grad()
+def _passes(layer: Any, dense: Any, scheme: str) -> bool:
+    """Whether a layer's outputs are near those of the dense one on random inputs."""
+    weight = dense.weight.T if type(dense).__name__ == "Conv1D" else dense.weight
+    x = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    expected = F.linear(x, weight.float().cpu())
+    try:
+        found: Tensor = layer(x.to(weight.dtype).to(layer.weight.device))
+    except (RuntimeError, ValueError, AssertionError):
+        # Some shapes make the kernels raise instead.
+        return False
+    if layer.bias is not None:
+        expected = expected + layer.bias.float().cpu()
+    return float((found.float().cpu() - expected).norm()) <= SCHEMES[scheme] * float(expected.norm())
+
+
+def pad_ranks(model: Any, multiple: int) -> int:
+    """Fill the factors of two-factor layers up with zeros to a multiple of a rank, in place; the numbers added.
+
+    The layers' outputs stay the same. Pivoted layers cannot be filled up: their inner dimension is part of the output.
+    """
+    plan = Plan.from_dict(getattr(model.config, "rankfold", None) or Plan(options=(), method="").to_dict())
+    options = []
+    for option in plan.options:
+        missing = -option.ranks[0] % multiple if option.form == "low_rank" else 0
+        added = sum(_pad(linear_at(model, name), missing) for name in option.sites) if missing else 0
+        size = option.bytes // max(1, option.parameters)
+        ranks = (option.ranks[0] + missing,) if missing else option.ranks
+        parameters = option.parameters + added
+        options.append(replace(option, ranks=ranks, parameters=parameters, bytes=option.bytes + size * added))
+    total = sum(option.parameters for option in options) - plan.parameters
+    if total:
+        model.config.rankfold = {**model.config.rankfold, "options": [option.to_dict() for option in options]}
+    return total
+
+
+def _pad(layer: LowRankLinear, missing: int) -> int:
+    down, up = layer.down.weight.detach(), layer.up.weight.detach()
+    filled = LowRankLinear.from_factors(F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing)), layer.up.bias)
+    layer.down, layer.up, layer.rank = filled.down, filled.up, filled.rank
+    return missing * (layer.in_features + layer.out_features)
