@@ -60,7 +60,18 @@ def test_a_verb_has_few_options_and_help_for_each(command: typer.models.CommandI
 def test_help_lists_the_verbs() -> None:
     text = run("--help").stdout
     assert all(
-        verb in text for verb in ("inspect", "compress", "recover", "quantize", "measure", "evaluate", "export", "demo")
+        verb in text
+        for verb in (
+            "inspect",
+            "sensitivity",
+            "compress",
+            "recover",
+            "quantize",
+            "measure",
+            "evaluate",
+            "export",
+            "demo",
+        )
     )
     assert "--keep" in run("compress", "--help").stdout
 
@@ -103,6 +114,19 @@ def test_quantize_a_compressed_model_and_measure_it(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists()
     assert "--scheme must be" in run("quantize", MODEL, str(tmp_path / "x"), "--scheme", "int3", code=2).stderr
     assert "2 to 8 bits" in run("quantize", MODEL, str(tmp_path / "x"), "--bits", "1", code=2).stderr
+
+
+def test_sensitivity_ends_in_tables_a_plot_and_records(tmp_path: Path) -> None:
+    arguments = (
+        "sensitivity", MODEL, str(tmp_path / "study.jsonl"), "--method", "svd", "--share", "0.5", "--windows", "2",
+        "--sequences", "4", "--plot", str(tmp_path / "study.svg"),
+    )  # fmt: skip
+    done = run(*arguments)
+    assert "rank to cut before it pays" in done.stderr
+    assert "<svg" in (tmp_path / "study.svg").read_text()
+    assert len(done.stdout.splitlines()) == len((tmp_path / "study.jsonl").read_text().splitlines()) == 7
+    other = ("sensitivity", MODEL, str(tmp_path / "study.jsonl"), "--method", "tucker")
+    assert "another study" in run(*other, code=2).stderr
 
 
 def test_evaluate_refuses_what_it_cannot_do(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from rankfold.cli.inspect import inspect
 from rankfold.cli.measure import measure
 from rankfold.cli.quantize import quantize
 from rankfold.cli.recover import recover
+from rankfold.cli.sensitivity import sensitivity
 from rankfold.terminal import console, say
 
 app = typer.Typer(
@@ -27,7 +28,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS: tuple[Callable[..., None], ...] = (inspect, compress, recover, quantize, measure, evaluate, export, demo)
+VERBS: tuple[Callable[..., None], ...] = (
+    inspect,
+    sensitivity,
+    compress,
+    recover,
+    quantize,
+    measure,
+    evaluate,
+    export,
+    demo,
+)
 """In the order of the help."""
 
 for verb in VERBS:

@@ -29,6 +29,8 @@ class Quality:
     agreement: float | None = None
     """Share of tokens at which the most likely next token is the dense model's."""
     agreement_error: float | None = None
+    window_losses: tuple[float, ...] = ()
+    """Mean loss of every window, for differences between models on the same windows."""
 
     @property
     def perplexity(self) -> float:
@@ -85,7 +87,7 @@ def next_token_quality(
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     pairs = [*zip(means, errors, strict=True), (None, None), (None, None)]
     (loss, loss_error), (kl, kl_error), (agreement, agreement_error) = pairs[:3]
-    return Quality(tokens, loss, loss_error, kl, kl_error, agreement, agreement_error)
+    return Quality(tokens, loss, loss_error, kl, kl_error, agreement, agreement_error, tuple(table[0].tolist()))
 
 
 def _logits(model: Any, ids: Int[Tensor, "batch length"], number: int) -> Float[Tensor, "batch scored vocabulary"]:

@@ -1,0 +1,115 @@
+"""`rankfold sensitivity`: what a rank costs in each kind of layer, or in each block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankfold.allocation import break_even_rank
+from rankfold.calibration import calibration_windows, load_corpus, make_batches
+from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.cli.options import Device, Dtype, Model, Seed, SiteNames, default_length, is_decoder, to_dtype
+from rankfold.factorization import METHODS
+from rankfold.measure import circumstances, evaluation_windows
+from rankfold.pipeline import fingerprint
+from rankfold.record import Record
+from rankfold.report.figures import check_figure, draw_points
+from rankfold.sensitivity import GROUPS, SHARES, run_trials, sensitivity_trials
+from rankfold.sites import Sites, find_sites
+from rankfold.terminal import print_table, say, stages, write_records
+
+BATCH = 8
+"""Windows a batch."""
+
+
+def sensitivity(
+    model: Model,
+    records: Annotated[Path, typer.Argument(help="File of the study's records; a killed study goes on with it.")],
+    by: Annotated[str, typer.Option(help=f"What is factorized together: {' or '.join(GROUPS)}.")] = "kind",
+    method: Annotated[str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.")] = "lord",
+    share: Annotated[
+        list[float] | None, typer.Option(help="Share of the full rank; repeat it (default: eighths).")
+    ] = None,
+    sites: SiteNames = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the study into this .png or .svg.")] = None,
+    calibration: Annotated[
+        str, typer.Option(help="Text to calibrate on: a text or JSONL file, or a data set name.")
+    ] = "bundled:calibration",
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of the calibration text.")] = 64,
+    text: Annotated[str, typer.Option(help="Held-out text on which the loss is measured.")] = "bundled:python-held-out",
+    windows: Annotated[int, typer.Option(min=2, help="Windows of it at most.")] = 64,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+) -> None:
+    """Factorize one kind of layer, or one block, at a time, to one rank after the other, and measure the loss."""
+    if plot:
+        check_figure(plot)
+    if records.is_dir():
+        raise ValueError(f"{records}: records go to a file, but this is a folder. Name a file, such as study.jsonl.")
+    loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device), load_tokenizer(model)
+    if not is_decoder([loaded]):
+        raise ValueError(f"A study measures the next-token loss, which a {type(loaded).__name__} has not.")
+    chosen = find_sites(loaded).select(sites or ())
+    trials = sensitivity_trials(chosen, method=method, by=by, shares=share or SHARES)
+    length = default_length(loaded.config)
+    corpus, held_out = load_corpus(calibration), load_corpus(text)
+    found, _, facts = calibration_windows(loaded, tokenizer, corpus, sequences=sequences, length=length, seed=seed)
+    scored = evaluation_windows(tokenizer, held_out, length, windows)
+    study = fingerprint(loaded, found, scored, method, by)
+    context = circumstances(
+        model=Path(model).name,
+        study=study,
+        data=held_out.name,
+        method=method,
+        by=by,
+        calibration=dict(facts),
+        seed=seed,
+    )
+    with stages() as stage:
+        results = run_trials(
+            loaded, chosen, trials, make_batches(loaded, found, BATCH), scored, file=records, context=context,
+            stage=stage,
+        )  # fmt: skip
+    _print_aspects(chosen)
+    _print_study(model, results)
+    if plot:
+        points: dict[str, list[tuple[float, float]]] = {}
+        for record in results:
+            if record.value is not None and record.value > 0:
+                place = (100 * record.context["removed_of_model"], record.value)
+                points.setdefault(record.context["group"], []).append(place)
+        axes = ("parameters removed, % of the model", "rise of the loss, nat/token")
+        draw_points(points, plot, title=f"{Path(model).name}, {method}: one {by} at a time", axes=axes, lines=True)
+        say(f"Study drawn to {plot}")
+    say(f"Records: {records}")
+    write_records(results, output=None)
+
+
+def _print_aspects(sites: Sites) -> None:
+    """What two factors ask of each shape before they save the first parameter."""
+    rows = {}
+    for site in sites:
+        small, large = sorted((site.out_features, site.in_features))
+        even = break_even_rank("low_rank", site, site.bias)
+        shape = f"{site.out_features} x {site.in_features}"
+        rows[site.kind] = [site.kind, shape, f"{small / large:.2f}", str(even), f"{1 - even / small:.0%}"]
+    header = ["kind", "out x in", "aspect", "break-even rank", "rank to cut before it pays"]
+    print_table("Aspect ratios", header, rows.values())
+
+
+def _print_study(model: str, records: list[Record]) -> None:
+    rows = []
+    for record in records:
+        facts = record.context
+        ranks = sorted({facts["ranks"][0], facts["ranks"][-1]})
+        rise = f"{record.value:+.4f} ± {record.error:.4f}"
+        removed = facts["removed_of_model"]
+        price = f"{record.value / (100 * removed):.4f}" if removed > 0 and record.value is not None else "-"
+        rows.append(
+            [facts["group"], "..".join(map(str, ranks)), f"{facts['perplexity']:.4g}", rise, f"{removed:+.2%}", price]
+        )
+    header = ["factorized", "rank", "perplexity", "rise, nat/token", "removed of model", "nat per % removed"]
+    print_table(model, header, rows)

@@ -1,0 +1,223 @@
+"""Sensitivity: one kind of site, or one block, at a time is factorized to one rank after the other and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from rankfold.calibration import calibrate, summed_loss
+from rankfold.compress import compress, restore
+from rankfold.factorization import METHODS
+from rankfold.modules import linear_at
+from rankfold.plan import Option, Plan, stored_parameters
+from rankfold.quality import Quality, next_token_quality, paired_difference
+from rankfold.record import Record
+from rankfold.sites import Site, Sites
+
+SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+"""Shares of the full rank that are tried."""
+
+GROUPS: dict[str, Callable[[Site], str]] = {
+    "kind": lambda site: site.kind,
+    "block": lambda site: site.block or "outside of the blocks",
+}
+"""What is factorized together."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One group of sites at one share of their full rank, everything else dense."""
+
+    group: str
+    share: float
+    options: tuple[Option, ...]
+    dense_parameters: int
+    """Of the group's sites."""
+
+    @property
+    def removed(self) -> int:
+        """Parameters that the model loses; negative where two factors are larger than the matrix."""
+        return self.dense_parameters - sum(option.parameters for option in self.options)
+
+
+def sensitivity_trials(
+    sites: Sequence[Site], *, method: str = "lord", by: str = "kind", shares: Sequence[float] = SHARES
+) -> list[Trial]:
+    """Every group at every share of the full rank, those past the break-even rank too.
+
+    Raises:
+        ValueError: If the method or grouping is unknown, or a share is not in (0, 1].
+    """
+    if method not in METHODS or by not in GROUPS:
+        raise ValueError(
+            f"A study needs a method of {', '.join(METHODS)} and groups by {' or '.join(GROUPS)}, but got {method!r} "
+            f"and {by!r}."
+        )
+    if not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"Shares of the full rank lie in (0, 1], but got {list(shares)}.")
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(GROUPS[by](site), []).append(site)
+    return [
+        Trial(name, share, tuple(_option(site, share, method) for site in group), sum(s.parameters for s in group))
+        for name, group in groups.items()
+        for share in sorted(shares, reverse=True)
+    ]
+
+
+def _option(site: Site, share: float, method: str) -> Option:
+    chosen = METHODS[method]
+    rank = max(1, round(share * min(site.out_features, site.in_features)))
+    ranks = (rank, rank) if chosen.form == "tucker" else (rank,)
+    bias = site.bias or chosen.adds_bias
+    parameters = stored_parameters(chosen.form, site.out_features, site.in_features, ranks, bias)
+    return Option(
+        sites=(site.name,),
+        form=chosen.form,
+        method=method,
+        ranks=ranks,
+        bias=bias,
+        parameters=parameters,
+        bytes=parameters * site.bytes_per_parameter,
+    )
+
+
+def run_trials(  # noqa: PLR0913
+    model: Any,
+    sites: Sites,
+    trials: Sequence[Trial],
+    batches: Sequence[Mapping[str, Tensor]],
+    held_out: Tensor,
+    *,
+    file: Path,
+    context: Mapping[str, Any],
+    stage: Callable[[str, int], Callable[[], None]],
+) -> list[Record]:
+    """The rise of the loss in every trial, written to `file` as it is found; what stands there is not measured again.
+
+    Args:
+        model: A causal language model, which is left as it was.
+        sites: Its sites.
+        trials: From `sensitivity_trials`.
+        batches: Calibration batches, measured once for all trials.
+        held_out: Windows on which the loss is measured.
+        file: Records of this study, one a line; `context` must be the same in all of them.
+        context: What the study depends on, with a `study` that tells it from others.
+        stage: Opens a stage of work, for progress bars.
+
+    Raises:
+        ValueError: If the file holds records of another study, or a value is not finite.
+    """
+    done = _read(file, str(context["study"]))
+    missing = [trial for trial in trials if (trial.group, trial.share) not in done]
+    if not missing:
+        return [done[trial.group, trial.share] for trial in trials]
+    method = METHODS[missing[0].options[0].method]
+    statistics = {}
+    if method.needs_data:
+        passes = len({site.block for site in sites}) + 1
+        loss = summed_loss(model, "text", 0) if method.needs_gradients else None
+        advance = stage("measuring inputs", passes * len(batches) * (2 if loss else 1))
+        statistics = calibrate(model, sites, batches, advance, loss)
+    advance = stage("trials", len(missing))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    dense = next_token_quality(model, held_out)
+    for trial in missing:
+        quality = _measured(model, trial, statistics, held_out)
+        record = _record(trial, quality, dense, total, context)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as opened:
+            opened.write(record.to_json() + "\n")
+        done[trial.group, trial.share] = record
+        advance()
+    return [done[trial.group, trial.share] for trial in trials]
+
+
+def _measured(model: Any, trial: Trial, statistics: Mapping[str, Any], held_out: Tensor) -> Quality:
+    names = [name for option in trial.options for name in option.sites]
+    dense = {name: linear_at(model, name) for name in names}
+    earlier = getattr(model.config, "rankfold", None)
+    try:
+        compress(model, Plan(options=trial.options, method=trial.options[0].method), statistics)
+        return next_token_quality(model, held_out)
+    finally:
+        restore(model, dense, earlier)
+
+
+def _record(trial: Trial, quality: Quality, dense: Quality, total: int, context: Mapping[str, Any]) -> Record:
+    rise = paired_difference(quality.window_losses, dense.window_losses)
+    ranks = sorted({option.ranks[0] for option in trial.options})
+    details = {
+        "group": trial.group,
+        "share": trial.share,
+        "ranks": ranks,
+        "removed": trial.removed,
+        "removed_of_model": trial.removed / total,
+        "perplexity": quality.perplexity,
+        "dense_perplexity": dense.perplexity,
+    }
+    return Record(
+        subject=str(context.get("model", "model")),
+        name="loss_rise",
+        value=rise.value,
+        unit="nat/token",
+        error=rise.error,
+        context={**context, **details},
+    )
+
+
+def _read(file: Path, study: str) -> dict[tuple[str, float], Record]:
+    """The records of a file by group and share; a line that a kill left unfinished is removed from it."""
+    if not file.exists():
+        return {}
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with file.open("r+b") as opened:
+            opened.truncate(len(whole))
+    try:
+        records = [Record.from_json(line) for line in whole.decode().splitlines()]
+        foreign = [record for record in records if record.context["study"] != study]
+        if not foreign:
+            return {(record.context["group"], record.context["share"]): record for record in records}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file}: no records of a study ({error}). Name another file, or remove this one.") from error
+    raise ValueError(
+        f"{file}: holds records of another study: another model, text, method or version. Name another file."
+    )
+
+
+def measured_losses(records: Sequence[Record], sites: Sequence[Site]) -> dict[str, list[float]]:
+    """The measured rise of every site at each rank from 0 to full, for `allocate(..., losses=...)`.
+
+    Sites that were measured together share their rise evenly. Between measured ranks it is interpolated, below the
+    lowest it grows on as steeply, and it never falls with a falling rank: a gain by a rank less is noise.
+
+    Raises:
+        ValueError: If a site was not measured.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        point = (float(record.context["share"]), max(0.0, float(record.value or 0)))
+        curves.setdefault(str(record.context["group"]), []).append(point)
+    losses = {}
+    for site in sites:
+        group = next((key(site) for key in GROUPS.values() if key(site) in curves), None)
+        if group is None:
+            raise ValueError(
+                f"{site.name}: this site was not measured in the study. Measure all sites that you choose."
+            )
+        together = sum(any(key(other) == group for key in GROUPS.values()) for other in sites)
+        shares, rises = map(np.array, zip(*sorted([*curves[group], (1.0, 0.0)]), strict=True))
+        rises = np.maximum.accumulate(rises[::-1])[::-1]
+        full = min(site.out_features, site.in_features)
+        slope = (rises[1] - rises[0]) / (shares[1] - shares[0])
+        at = np.arange(full + 1) / full
+        values = np.where(at < shares[0], rises[0] + slope * (at - shares[0]), np.interp(at, shares, rises))
+        losses[site.name] = (values / together).tolist()
+    return losses
