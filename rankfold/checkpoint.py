@@ -16,6 +16,9 @@ from rankfold.shards import check_folder, whole_folder
 
 MAX_SHARD_SIZE = "5GB"
 
+ADAPTER = "adapter_config.json"
+"""The file by which a folder of adapters is known."""
+
 
 def load_model(
     source: str | Path,
@@ -36,8 +39,10 @@ def load_model(
         ValueError: If there is no such model, a shard is missing or damaged, or weights that the model needs are
             not in the checkpoint.
     """
-    _check_source(source)
     _check_device(device)
+    if (Path(source) / ADAPTER).is_file():
+        return _with_adapters(Path(source), dtype, device, trust_remote_code)
+    _check_source(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         auto_class = auto_class_for(config)
@@ -60,7 +65,41 @@ def load_model(
             f"{source}: the checkpoint must hold all weights of {type(model).__name__}, but {len(missing)} are missing "
             f"or of another shape, for example {missing[:3]}. They would be random; take a whole checkpoint."
         )
-    return (model.to(device) if device is not None else model).eval()
+    # Where a library quantized the weights it has also put them in their place.
+    movable = device is not None and getattr(config, "quantization_config", None) is None
+    return (model.to(device) if movable else model).eval()
+
+
+def _with_adapters(folder: Path, dtype: Any, device: Any, trust_remote_code: bool) -> Any:
+    """The model that a folder's adapters were trained over, with them."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{folder}: adapters need PEFT: pip install 'rankfold[recovery]'") from error
+    base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
+    model = load_model(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def save_adapters(adapted: Any, tokenizer: Any, folder: str | Path, *, base: str) -> Path:
+    """Write the adapters of a PEFT model and the tokenizer, whole or not at all; the weights under them stay apart.
+
+    Args:
+        adapted: A PEFT model.
+        tokenizer: Its tokenizer, or `None`.
+        folder: Where to write.
+        base: The checkpoint that the adapters belong to, whose name they keep.
+
+    Raises:
+        ValueError: If the folder exists.
+    """
+    target = Path(folder)
+    with whole_folder(target) as partial:
+        adapted.peft_config["default"].base_model_name_or_path = str(base)
+        adapted.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return target
 
 
 def auto_class_for(config: Any) -> Any:
@@ -94,6 +133,11 @@ def stored_dtype(source: str | Path) -> torch.dtype:
     """Dtype in which a checkpoint says that its weights are stored; float32 where it does not."""
     dtype = AutoConfig.from_pretrained(source).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def quantized_by_library(source: str | Path) -> bool:
+    """Whether a checkpoint says that a library of transformers' quantized it."""
+    return getattr(AutoConfig.from_pretrained(source), "quantization_config", None) is not None
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import typer
 from conftest import ROOT
 
@@ -310,3 +311,29 @@ def test_a_kill_half_way_leaves_nothing_at_the_target(tmp_path: Path) -> None:
 def test_rankfold_line_of_the_readme_is_a_valid_command() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "rankfold compress HuggingFaceTB/SmolLM2-135M out/ --keep 0.8 --calibration my_text.jsonl" in readme
+
+
+def test_adapters_over_a_quantized_model_are_trained_and_measured(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'rankfold[quantization]'")
+    run("quantize", MODEL, str(tmp_path / "int8"), "--scheme", "int8")
+    recover = (
+        "recover", str(tmp_path / "int8"), str(tmp_path / "adapters"), "--objective", "next-token", "--steps", "2",
+        "--batch", "2", "--length", "32",
+    )  # fmt: skip
+    assert "train adapters over them" in run(*recover, code=2).stderr
+    assert "Checkpoint:" in run(*recover, "--lora", "4").stderr
+    measured = run(
+        "measure", str(tmp_path / "adapters"), "--dense", str(tmp_path / "int8"), "--no-latency", "--windows", "2",
+        "--text", "bundled:python-held-out",
+    )  # fmt: skip
+    assert records(measured.stdout)["compressed", "perplexity"].value is not None
+
+
+def test_the_published_sizes_of_starcoder() -> None:
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 cannot run the model without weights")
+    from lord_sizes import PUBLISHED, starcoder_sizes, truncated
+
+    sizes = starcoder_sizes()
+    assert {rank: truncated(sizes[rank]) for rank in PUBLISHED} == PUBLISHED
+    assert sizes[0] == 15_517_456_384

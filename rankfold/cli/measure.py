@@ -57,7 +57,8 @@ def measure(
 ) -> None:
     """Measure quality, size and speed, beside the dense model where it is given."""
     names = {"dense": dense, "compressed": model} if dense else {"model": model}
-    folders = {name: source for name, source in names.items() if Path(str(source)).is_dir()}
+    # A folder of adapters holds no model of its own.
+    folders = {name: source for name, source in names.items() if (Path(str(source)) / "config.json").is_file()}
     check_records(output)
     models = {name: load_model(str(source), dtype=to_dtype(dtype), device=device) for name, source in names.items()}
     check_comparable(models)

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from rankfold.calibration import check_length
-from rankfold.checkpoint import load_model, load_tokenizer, save, stored_dtype
+from rankfold.checkpoint import load_model, load_tokenizer, quantized_by_library, save, save_adapters, stored_dtype
 from rankfold.cli.options import Device, Dtype, Overwrite, Seed, default_length, is_decoder, to_dtype
 from rankfold.measure import circumstances
 from rankfold.pipeline import fingerprint
@@ -42,7 +42,10 @@ def recover(
         int | None, typer.Option(min=2, help="Tokens a window (default: 512, or what the model reads).")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Learning rate (default: one that suits the width).")] = None,
-    lora: Annotated[int | None, typer.Option(min=1, help="Train LoRA adapters of this rank, then merge them.")] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train LoRA adapters of this rank and merge them; over quantized weights, save them."),
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -54,7 +57,9 @@ def recover(
     if objective == "kl" and dense is None:
         raise ValueError("--objective kl needs the dense model: pass --dense, or take --objective next-token.")
     # 16-bit weights cannot take small steps: they are trained in float32 and rounded when they are saved.
-    loaded, tokenizer = load_model(model, dtype=torch.float32, device=device), load_tokenizer(model)
+    # Under adapters the weights stay as they are.
+    exact = None if quantized_by_library(model) else torch.float32
+    loaded, tokenizer = load_model(model, dtype=exact, device=device), load_tokenizer(model)
     stored = to_dtype(dtype) or stored_dtype(model)
     _check_decoder(loaded)
     teacher = load_model(dense, dtype=to_dtype(dtype), device=device) if dense is not None else None
@@ -86,7 +91,10 @@ def recover(
     if hasattr(loaded.config, "rankfold") and given:
         facts = {**loaded.config.rankfold["calibration"], "recovery_text": given}
         loaded.config.rankfold = {**loaded.config.rankfold, "calibration": facts}
-    save(loaded.to(stored), tokenizer, output, overwrite=overwrite)
+    if result.adapters is not None:
+        save_adapters(result.adapters, tokenizer, output, base=model)
+    else:
+        save(loaded.to(stored), tokenizer, output, overwrite=overwrite)
     shutil.rmtree(folder, ignore_errors=True)
     what = "divergence from the dense model" if objective == "kl" else "loss"
     say(f"Held-out {what}: {result.before:.4f} -> {result.after:.4f} nat/token in {result.steps} steps.")

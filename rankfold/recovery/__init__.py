@@ -1,6 +1,6 @@
 """What training gives back: blocks refined one after the other, then the whole model against its dense teacher."""
 
-from rankfold.recovery.distill import Recovered, recover
+from rankfold.recovery.distill import Recovered, is_quantized, recover
 from rankfold.recovery.refine import predicts, refine_blocks, refine_predictions
 from rankfold.recovery.samples import sample_windows
 from rankfold.recovery.texts import GENERATED, recovery_windows
@@ -8,6 +8,7 @@ from rankfold.recovery.texts import GENERATED, recovery_windows
 __all__ = [
     "GENERATED",
     "Recovered",
+    "is_quantized",
     "predicts",
     "recover",
     "recovery_windows",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from rankfold.modules import SpQRLinear
 from rankfold.recovery.divergence import divergence
 
 OBJECTIVES = ("kl", "next-token")
@@ -28,6 +29,8 @@ class Recovered:
     before: float
     after: float
     steps: int
+    adapters: Any = None
+    """For a quantized model, the PEFT model whose adapters were trained."""
 
 
 def recover(  # noqa: PLR0913
@@ -47,6 +50,9 @@ def recover(  # noqa: PLR0913
 ) -> Recovered:
     """Train a compressed causal language model, in place, and keep what did best on held-out text.
 
+    A model whose weights are in few bits trains adapters only (QLoRA, arXiv:2305.14314); they are not merged, and
+    `result.adapters` holds the model with them, to be saved on its own.
+
     With `kl` every token's distribution is drawn to the dense teacher's (Hinton et al. 2015, arXiv:1503.02531);
     with `next-token` no teacher is needed. `transformers.Trainer` does the work: a killed run goes on from its last
     checkpoint in `work`, and it stops early when held-out text has not gained for three looks.
@@ -61,25 +67,19 @@ def recover(  # noqa: PLR0913
         steps: Optimizer steps at most.
         batch_size: Windows a step.
         rate: Learning rate; without it one that suits the width of the model.
-        lora_rank: Trains LoRA adapters of this rank instead of all parameters, and merges them.
+        lora_rank: Trains LoRA adapters of this rank instead of all parameters, and merges them where they can be.
         seed: Seed of the order of windows.
         on_step: Called after each step.
 
     Raises:
-        ValueError: If the objective is unknown, the teacher is missing, or the two vocabularies differ.
+        ValueError: If the objective is unknown, the teacher is missing, the two vocabularies differ, or the weights
+            are in few bits and no adapters were asked for.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"The objective must be `kl` or `next-token`, but got {objective!r}.")
-    if objective == "kl" and teacher is None:
-        raise ValueError("Recovery by divergence needs the dense model as teacher: pass it, or ask for next-token.")
-    if objective == "kl" and teacher.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"Teacher and model must share a vocabulary, but have {teacher.config.vocab_size} and "
-            f"{model.config.vocab_size} tokens."
-        )
+    quantized = is_quantized(model)
+    _check(model, teacher, objective, adapters=lora_rank is not None)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
-    start = {name: part.clone() for name, part in model.state_dict().items()}
+    start = {} if lora_rank else {name: part.clone() for name, part in model.state_dict().items()}
     trained = _with_adapters(model, lora_rank) if lora_rank else model
     if not lora_rank:
         model.requires_grad_(True)
@@ -97,16 +97,41 @@ def recover(  # noqa: PLR0913
     _remove_incomplete(work)
     result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))  # type: ignore[no-untyped-call]
     after = trainer.evaluate()["eval_loss"]
-    if lora_rank:
-        trained.merge_and_unload()
     if after > before:
-        # The start is a candidate too.
-        model.load_state_dict(start)
+        # The start is a candidate too: adapters that give nothing are those at zero.
+        if lora_rank:
+            for name, parameter in trained.named_parameters():
+                parameter.data.mul_(0.0 if "lora_B" in name else 1.0)
+        else:
+            model.load_state_dict(start)
         after = before
+    if lora_rank and not quantized:
+        trained.merge_and_unload()
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
     model.train(training)
-    return Recovered(before, after, result.global_step)
+    return Recovered(before, after, result.global_step, trained.eval() if quantized else None)
+
+
+def _check(model: Any, teacher: Any, objective: str, adapters: bool) -> None:
+    """Refuse what cannot be trained, before anything is."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"The objective must be `kl` or `next-token`, but got {objective!r}.")
+    if objective == "kl" and teacher is None:
+        raise ValueError("Recovery by divergence needs the dense model as teacher: pass it, or ask for next-token.")
+    if objective == "kl" and teacher.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"Teacher and model must share a vocabulary, but have {teacher.config.vocab_size} and "
+            f"{model.config.vocab_size} tokens."
+        )
+    if is_quantized(model) and not adapters:
+        raise ValueError("Weights in few bits cannot take gradient steps: train adapters over them, with --lora 8.")
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether weights of the model are in few bits, by bitsandbytes or as SpQR stores them."""
+    by_library = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    return by_library or any(isinstance(module, SpQRLinear) for module in model.modules())
 
 
 class _Distiller(Trainer):
@@ -200,6 +225,8 @@ def _with_adapters(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("Training adapters needs PEFT: pip install 'rankfold[recovery]'") from error
+    if any(isinstance(module, SpQRLinear) for module in model.modules()):
+        raise ValueError("PEFT trains no adapters over SpQR's layers: quantize with --scheme nf4 or int8 for that.")
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0))
