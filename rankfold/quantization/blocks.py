@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankfold.architectures import adopt
 from rankfold.calibration import BlockStep, MomentAccumulator, walk_blocks
-from rankfold.modules import SpQRLinear, linear_shape
+from rankfold.modules import LowRankLinear, PivotedLinear, SpQRLinear, linear_shape
 from rankfold.plan import Plan
 from rankfold.quantization.spqr import Grid, bits_per_weight, spqr, spqr_linear
 from rankfold.record import versions
@@ -28,6 +28,8 @@ def quantize_blocks(
     on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Store the linear layers of all blocks, dense ones and factors, as SpQR does, in place.
+
+    The second factor of a pair is fitted anew to what rounding made of the first, before it is rounded itself.
 
     A layer stays as it is where few bits would not make it smaller.
 
@@ -56,11 +58,11 @@ def quantize_blocks(
     for step in walk_blocks(base, read, on_batch):
         layers = {f"{prefix}{step.path}.{name}": layer for name, layer in _linears(base.get_submodule(step.path))}
         for name, moment in _inputs(step, layers):
-            layer = _quantized(name, layers[name], moment, grid)
-            if layer is not None:
-                model.set_submodule(name, layer)
-                bits[name], kept[name] = bits_per_weight(layer), len(layer.outlier_values)
-            on_layer()
+            for path, layer in _with_its_partner(model, name, layers[name], moment, grid):
+                if layer is not None:
+                    model.set_submodule(path, layer)
+                    bits[path], kept[path] = bits_per_weight(layer), len(layer.outlier_values)
+                on_layer()
     if not bits:
         raise ValueError(f"{type(model).__name__}: no linear layer in the blocks of the model gets smaller by this.")
     if not hasattr(model.config, "rankfold"):
@@ -69,6 +71,15 @@ def quantize_blocks(
     model.config.rankfold = {**model.config.rankfold, "quantization": stored}
     model.train(training)
     return bits
+
+
+@torch.no_grad()
+def each_layer(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    """Every linear layer of every block with its inputs' second moment; the next blocks see what is done to it."""
+    for step in walk_blocks(model.base_model, batches):
+        layers = dict(_linears(model.base_model.get_submodule(step.path)))
+        for name, moment in _inputs(step, layers):
+            yield layers[name], moment
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -124,6 +135,34 @@ def _hooked(
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(hook_for(name)).remove)
         yield results
+
+
+def _with_its_partner(
+    model: Any, name: str, layer: Any, second: Tensor, grid: Grid
+) -> Iterator[tuple[str, SpQRLinear | None]]:
+    """A layer quantized; after the first factor of a pair the second, fitted to what the first has become."""
+    owner_path, _, part = name.rpartition(".")
+    owner = model.get_submodule(owner_path)
+    if not isinstance(owner, (LowRankLinear, PivotedLinear)):
+        yield name, _quantized(name, layer, second, grid)
+        return
+    if part != "down":
+        return
+    S = second.double()
+    target = owner.up.weight.double() @ layer.weight.double()
+    made = _quantized(name, layer, second, grid)
+    D = (layer.weight if made is None else made.dequantized()).double()
+    moment = D @ S @ D.T
+    # A little damping keeps directions that no input reaches as they were.
+    damped = moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(D), dtype=D.dtype, device=D.device)
+    old = owner.up.weight.double()
+    refitted = old + torch.linalg.solve(damped, ((target - old @ D) @ S @ D.T).T).T
+    if isinstance(owner, PivotedLinear) and layer.bias is not None:
+        # `up` reads the pivots with their bias.
+        owner.up.bias.data += ((old - refitted) @ layer.bias.double()).to(owner.up.bias.dtype)
+    owner.up.weight.data = refitted.to(owner.up.weight.dtype)
+    yield name, made
+    yield f"{owner_path}.up", _quantized(f"{owner_path}.up", owner.up, moment, grid)
 
 
 def _quantized(name: str, layer: Any, second: Tensor, grid: Grid) -> SpQRLinear | None:
