@@ -39,6 +39,8 @@ class Option:
     """Predicted rise of the loss in nats per token, where it was predicted."""
     seconds: float | None = None
     """Predicted seconds per call, where they were predicted."""
+    shrinkage: float | None = None
+    """How far the inverted moment was drawn towards a multiple of the identity, 0 to 1: the most of its sites."""
     note: str = ""
     """Why, where that is not obvious: for example why a site stays dense."""
 

@@ -31,8 +31,11 @@ def report_plan(output: Path, plan: Plan, sites: Sites, before: int, after: int,
         shown = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks)) or "dense"
         full = min(pairs[0][0].out_features, pairs[0][0].in_features)
         dense = sum(option.form == DENSE for _, option in pairs)
-        rows.append([kind, str(len(pairs)), str(full), shown, str(dense)])
-    print_table(f"{plan.method}, {plan.allocation}", ["kind", "sites", "full rank", "rank", "left dense"], rows)
+        drawn = [option.shrinkage for _, option in pairs if option.shrinkage is not None]
+        shrinkage = f"{min(drawn):.0e}..{max(drawn):.0e}" if drawn else "-"
+        rows.append([kind, str(len(pairs)), str(full), shown, str(dense), shrinkage])
+    header = ["kind", "sites", "full rank", "rank", "left dense", "shrinkage"]
+    print_table(f"{plan.method}, {plan.allocation}", header, rows)
     for note in sorted({option.note for option in plan.options if option.note}):
         say(f"left dense: {note}")
     if plan.predicted_loss is not None:

@@ -54,6 +54,8 @@ def test_every_kind_of_model_is_compressed_within_its_budget_and_loads_again(nam
     dense = tiny.build(name)
     total = sum(site.parameters for site in find_sites(dense).select())
     assert plan.parameters <= 0.7 * total
+    # What was added to a moment before it was inverted is reported for every site.
+    assert all(0 < (option.shrinkage or 0.0) <= 1 for option in plan.factorized)
     saved = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in model.parameters())
     assert saved == total - plan.parameters
     save(model, None, tmp_path / "out")

@@ -125,5 +125,7 @@ def _carry_out(model: Any, plan: Plan, dense: Mapping[str, nn.Module], ordered: 
             factors = ordered[name].truncate(*matrix_of(linear), option.ranks[0])
             module = factorized_module(factors, option.form, linear.weight.dtype)
             model.set_submodule(name, module.requires_grad_(linear.weight.requires_grad))
-        options.extend(split_off(model, option, unreached))
+        reached = [ordered[name].shrinkage for name in option.sites if name in ordered and option.form != DENSE]
+        noted = replace(option, shrinkage=max(reached)) if reached else option
+        options.extend(split_off(model, noted, unreached))
     return replace(plan, options=tuple(options))
