@@ -2,7 +2,7 @@
 
     python experiments/lord_quality.py HumanEval.jsonl.gz
 
-The down-projections of pycode-starcoder get the share of the full rank that each released StarCoder has
+The down-projections of pycode-starcoder get the share of the full rank that four of the released StarCoders have
 (arXiv:2309.14021); beside them rankfold with as many parameters. Columns: perplexity of held-out Python, pass@1 and
 pass@10 (10 samples at temperature 0.6), share of completions that parse and that know their names, true continuations
 found among four, next lines exact. Results: benchmarks/results/lord_quality.jsonl.
@@ -32,9 +32,8 @@ from rankfold.quality.code import (
     strongest_protection,
 )
 
-SHARES = {"14.9B": 4480 / 6144, "14.5B": 4096 / 6144, "13.8B": 3584 / 6144, "13.2B": 3072 / 6144,
-          "12.6B": 2560 / 6144, "12.3B": 2304 / 6144}  # fmt: skip
-"""Name of the released checkpoint, and the share of the full rank that its down-projections have."""
+SHARES = {"14.9B": 4480 / 6144, "13.8B": 3584 / 6144, "13.2B": 3072 / 6144, "12.3B": 2304 / 6144}
+"""Name of a released checkpoint, and the share of the full rank that its down-projections have."""
 
 SAMPLES, ITEMS = 10, 400
 

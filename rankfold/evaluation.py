@@ -95,7 +95,9 @@ def _compared(what: str, values: Mapping[str, Sequence[float | int]], context: M
         records.append(_record(name, what, mean.value, mean.error, details))
     for name in others:
         difference = paired_difference(values[name], values[reference])
-        records.append(_record(name, f"{what}_minus_dense", difference.value, difference.error, dict(context)))
+        # No item that differs does not prove that none would: the error is then that of a single one.
+        error = difference.error or 1 / len(values[name])
+        records.append(_record(name, f"{what}_minus_dense", difference.value, error, dict(context)))
     return records
 
 

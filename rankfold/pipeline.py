@@ -115,6 +115,7 @@ class Settings:
 
     method: str = "kfac"
     allocation: str | None = None
+    form: str | None = None
     multiple: int = 1
     refine: int = 0
     refine_toward: str = "predictions"
@@ -149,7 +150,12 @@ class Settings:
         if budget.max_loss_increase is None:
             even = {site.name: [1.0] * min(site.out_features, site.in_features) + [0.0] for site in sites}
             choice: dict[str, Any] = {"keep": budget.keep_of(model, sites), "rank": budget.rank}
-            choice |= {"method": self.method, "allocation": self.ranks_by(budget), "multiple": self.multiple}
+            choice |= {
+                "method": self.method,
+                "allocation": self.ranks_by(budget),
+                "multiple": self.multiple,
+                "form": self.form,
+            }
             allocate(sites, **choice, losses=even)
         causal = model.can_generate() and not model.config.is_encoder_decoder
         if budget.max_loss_increase is not None and not causal:
@@ -236,7 +242,12 @@ def compress_within(
 
     def attempt(keep: float | None, title: str) -> Plan:
         choice: dict[str, Any] = {"keep": keep, "rank": budget.rank}
-        choice |= {"method": settings.method, "allocation": settings.ranks_by(budget), "multiple": settings.multiple}
+        choice |= {
+            "method": settings.method,
+            "allocation": settings.ranks_by(budget),
+            "multiple": settings.multiple,
+            "form": settings.form,
+        }
         choice |= {"seed": settings.seed}
         if choice["allocation"] == "knapsack":
             choice["price"] = "bytes" if budget.bytes is not None else "parameters"

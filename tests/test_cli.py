@@ -89,6 +89,8 @@ def test_evaluate_writes_programs_and_goes_on_after_a_kill(tmp_path: Path) -> No
     found = records(first.stdout)
     assert (found["dense", "pass@2"].value, found["compressed", "choice_minus_dense"].value) == (0.0, 0.0)
     assert found["dense", "pass@1"].context["interval"][1] > 0.3
+    # That no item differed is not called certain.
+    assert found["compressed", "choice_minus_dense"].error == 1 / 8
     assert found["dense", "pass@1"].context["sandbox"] in ("bubblewrap", "namespaces", "limits")
     assert "Generated programs run under" in first.stderr
     assert "pass@2" in first.stderr
@@ -102,11 +104,13 @@ def test_evaluate_writes_programs_and_goes_on_after_a_kill(tmp_path: Path) -> No
 
 
 def test_quantize_a_compressed_model_and_measure_it(tmp_path: Path) -> None:
-    run("compress", MODEL, str(tmp_path / "low"), "--method", "svd", "--keep", "0.8")
+    run("compress", MODEL, str(tmp_path / "low"), "--method", "svd", "--keep", "0.8", "--form", "pivoted")
     out = tmp_path / "out"
     settings = ("--bits", "3", "--sequences", "8", "--length", "64")
     done = run("quantize", str(tmp_path / "low"), str(out), *settings)
     assert "bits a weight on average" in done.stderr
+    assert "--form low_rank" in done.stderr
+    assert "can be stored as" in run("compress", MODEL, str(tmp_path / "x"), "--form", "tucker", code=2).stderr
     found = records(done.stdout)
     assert found[str(out), "disk"].value < 0.75 * found[str(out), "dense_memory"].value  # type: ignore[operator]
     measured = run("measure", str(out), "--no-latency", "--windows", "2", "--text", "bundled:python-held-out")

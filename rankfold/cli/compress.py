@@ -53,6 +53,14 @@ def compress(
             rich_help_panel="Method",
         ),
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="How to store: pivoted (smallest in 16 and 8 bits), low_rank (two factors, for 4 bits and fewer), "
+            "tucker (default: the method's own).",
+            rich_help_panel="Method",
+        ),
+    ] = None,
     sites: SiteNames = None,
     multiple: Annotated[
         int, typer.Option(help="Lower ranks to a multiple of this, for fast kernels.", rich_help_panel="Method")
@@ -94,7 +102,7 @@ def compress(
     start = time.perf_counter()
     check_target(output, overwrite)
     budget = Budget.of(keep=keep, bytes_=bytes_, max_loss_increase=max_loss_increase, rank=rank)
-    settings = Settings(method, allocation, multiple, refine, refine_toward, seed)
+    settings = Settings(method, allocation, form, multiple, refine, refine_toward, seed)
     loaded = load_model(model, dtype=to_dtype(dtype), device=device)
     tokenizer = load_tokenizer(model) if settings.needs_text(budget) else tokenizer_if_any(model)
     chosen = find_sites(loaded).select(sites or ())

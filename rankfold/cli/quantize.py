@@ -13,6 +13,7 @@ from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_a
 from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, default_length, to_dtype
 from rankfold.cost import disk_bytes, memory_bytes, parameter_count
 from rankfold.measure import circumstances
+from rankfold.modules import PivotedLinear
 from rankfold.quantization import SCHEMES, Grid, is_linear, quantize_blocks, quantize_by_library
 from rankfold.record import Record
 from rankfold.shards import check_target
@@ -22,6 +23,9 @@ from rankfold.terminal import say, stages, write_records
 SPQR = "spqr"
 BATCH = 8
 """Windows a batch."""
+
+MOST_FEW_BITS = 4
+"""Bits up to which pivoted layers lose much (docs/lord.md)."""
 
 
 def quantize(
@@ -49,6 +53,7 @@ def quantize(
     """Store the linear layers of a model, dense ones and factors, in few bits."""
     start = time.perf_counter()
     check_target(output, overwrite)
+    few = scheme == "nf4" or (scheme == SPQR and bits <= MOST_FEW_BITS)
     if scheme != SPQR and scheme not in SCHEMES:
         raise ValueError(f"--scheme must be one of {SPQR}, {', '.join(SCHEMES)}, but got {scheme!r}.")
     before: int | None
@@ -72,6 +77,10 @@ def quantize(
             say(f"{len(summary.left)} layers came out wrong and stay in 16 bits, for example {summary.left[0]}.")
         if summary.padded:
             say(f"Factors were filled up with {summary.padded:,} zeros, which are stored too.")
+    if few and any(isinstance(module, PivotedLinear) for module in loaded.modules()):
+        say(
+            "Pivoted layers lose much in so few bits: compress with --form low_rank what 4 bits or fewer are to follow."
+        )
     save(loaded, tokenizer, output, overwrite=overwrite)
     stored = disk_bytes(output)
     assert stored is not None, "it was written just now"

@@ -60,12 +60,9 @@ def share(values: Sequence[float | int]) -> Share:
 def paired_difference(values: Sequence[float | int], others: Sequence[float | int]) -> Difference:
     """Mean of `values` less that of `others`, item by item.
 
-    Where no item differs the error is that of a single one that does: none having been seen does not prove equality.
-
     >>> paired_difference([1, 1, 0, 1], [1, 0, 0, 0])
     Difference(value=0.5, error=0.28867513459481287)
     """
     differences = [float(a) - float(b) for a, b in zip(values, others, strict=True)]
-    count = len(differences)
-    spread = statistics.stdev(differences) / math.sqrt(count) if count > 1 else 0.0
-    return Difference(statistics.fmean(differences), max(spread, 1 / count) if not any(differences) else spread)
+    spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+    return Difference(statistics.fmean(differences), spread)

@@ -73,8 +73,11 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
         assert sum(s.low <= truth <= s.high for s in found) / len(found) > 0.92
 
 
-def test_a_difference_of_nothing_is_not_called_certain() -> None:
-    assert paired_difference([0, 0, 0, 0], [0, 0, 0, 0]).error == 0.25
+def test_a_paired_difference_forgets_what_items_have_in_common() -> None:
+    hard = torch.linspace(0, 100, 50).tolist()
+    found = paired_difference([value + 1 for value in hard], hard)
+    assert found.value == pytest.approx(1.0)
+    assert found.error == pytest.approx(0.0, abs=1e-9)
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
