@@ -1,4 +1,4 @@
-"""Whole-process time and peak memory of `rankfold compress` beside the same work done naively.
+"""Whole-process time and peak memory of `rankfold compress --method whitened` beside the same work done naively.
 
     python benchmarks/compress_cost.py            # makes a random Llama of 304 M parameters, runs three pairs
     python benchmarks/compress_cost.py --pairs 1
@@ -102,7 +102,16 @@ def compare(pairs: int, output: Path) -> None:
         make_model(source)
         for number in range(pairs):
             ours = [sys.executable, "-m", "rankfold.cli", "compress", str(source), f"{temporary}/ours-{number}"]
-            ours += ["--keep", str(KEEP), "--sequences", str(SEQUENCES), "--length", str(LENGTH)]
+            ours += [
+                "--method",
+                "whitened",
+                "--keep",
+                str(KEEP),
+                "--sequences",
+                str(SEQUENCES),
+                "--length",
+                str(LENGTH),
+            ]
             theirs = [sys.executable, __file__, "--naive", str(source), f"{temporary}/naive-{number}"]
             for name, command in (("rankfold", ours), ("naive", theirs)):
                 runs[name].append(timed(command))
