@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from rankfold.calibration import Corpus, special_tokens, split_windows, token_stream
-from rankfold.cost import disk_bytes, hardware, interleaved_latency, memory_bytes, parameter_count
+from rankfold.cost import disk_bytes, hardware, interleaved_latency, memory_bytes, parameter_count, reading
 from rankfold.quality import classification_accuracy, load_labelled, next_token_quality
 from rankfold.record import Record, value_of, versions
 
@@ -91,14 +91,33 @@ def measure_latency(
     on_round: Callable[[], None] = lambda: None,
     **settings: int,
 ) -> list[Record]:
-    """Seconds of a prefill and of a decoded token, models interleaved; says whether the machine was contended."""
+    """Seconds and tokens a second of prefill and decoding, models interleaved; whether the machine was contended."""
     records = []
+    batch_size = settings.get("batch_size", 1)
     for name, latency in interleaved_latency(models, on_round=on_round, **settings).items():
         details = {**context, **settings, "contended": latency.contended, "rounds": len(latency.prefill)}
-        rows = [("prefill", latency.prefill_seconds), ("decode", latency.decode_seconds)]
-        records += [
-            Record(subject=name, name=n, value=v, unit="second", context=details) for n, v in rows if v is not None
-        ]
+        tokens = {"prefill": batch_size * settings.get("prompt_tokens", 128), "decode": batch_size}
+        for what, seconds in (("prefill", latency.prefill_seconds), ("decode", latency.decode_seconds)):
+            if seconds is None:
+                continue
+            rate = tokens[what] / seconds
+            values = ((what, seconds, "second"), (f"{what}_throughput", rate, "token/second"))
+            records += [Record(subject=name, name=n, value=v, unit=u, context=details) for n, v, u in values]
+    return records
+
+
+def measure_limits(models: Mapping[str, Any], context: Mapping[str, Any]) -> list[Record]:
+    """How much faster than the first model others could be at most: decoding by bytes, prefill by multiplications."""
+    reference, *others = models
+    dense = reading(models[reference])
+    records = []
+    for name in others:
+        found = reading(models[name])
+        for what, value in (
+            ("decode_speedup_limit", dense.bytes / found.bytes),
+            ("prefill_speedup_limit", dense.multiplications / found.multiplications),
+        ):
+            records.append(Record(subject=name, name=what, value=value, unit="1", context=dict(context)))
     return records
 
 
@@ -118,7 +137,11 @@ ROWS: dict[str, tuple[str, Callable[[float], str], bool]] = {
     "memory": ("bytes in memory", lambda v: f"{v:,.0f}", True),
     "disk": ("bytes on disk", lambda v: f"{v:,.0f}", True),
     "prefill": ("prefill, ms", lambda v: f"{v * 1e3:.3g}", True),
+    "prefill_throughput": ("prefill, tokens/s", lambda v: f"{v:,.0f}", True),
+    "prefill_speedup_limit": ("times as fast at most, by multiplications", lambda v: f"{v:.3f}", False),
     "decode": ("decode, ms/token", lambda v: f"{v * 1e3:.3g}", True),
+    "decode_throughput": ("decode, tokens/s", lambda v: f"{v:,.0f}", True),
+    "decode_speedup_limit": ("times as fast at most, by bytes", lambda v: f"{v:.3f}", False),
 }
 """Rows of the table: title, how a value is written, and whether its ratio to the dense model says something."""
 
@@ -129,9 +152,9 @@ def table(records: Sequence[Record], subjects: Iterable[str]) -> list[list[str]]
     rows = []
     passes = dict.fromkeys(record.name for record in records if re.fullmatch(r"pass@\d+", record.name))
     for name, (title, write, comparable) in {**{k: (k, ROWS["choice"][1], False) for k in passes}, **ROWS}.items():
-        data = list(dict.fromkeys(record.context.get("data") for record in records if record.name == name))
+        data = list(dict.fromkeys(_setting(record) for record in records if record.name == name))
         for corpus in data:
-            found = [record for record in records if record.context.get("data") == corpus]
+            found = [record for record in records if _setting(record) == corpus]
             values = [value_of(found, subject, name) for subject in names]
             if all(value is None for value in values):
                 continue
@@ -140,6 +163,13 @@ def table(records: Sequence[Record], subjects: Iterable[str]) -> list[list[str]]
             ratio = f"{last / first:.3f}" if comparable and first and last and len(names) > 1 else ""
             rows.append([title if len(data) == 1 else f"{title}: {corpus}", *cells, ratio])
     return rows
+
+
+def _setting(record: Record) -> str | None:
+    """What a number was measured on, where the same was measured on several: a text, or a number of prompts at once."""
+    batch = record.context.get("batch_size")
+    setting = record.context.get("data") or (None if batch is None else f"batch {batch}")
+    return None if setting is None else str(setting)
 
 
 def _cell(records: Sequence[Record], subject: str, name: str, write: Callable[[float], str]) -> str:

@@ -14,10 +14,11 @@ from transformers import AutoTokenizer
 
 from rankfold import allocate, compress, find_sites
 from rankfold.checkpoint import save
-from rankfold.cost import disk_bytes, interleaved_latency, memory_bytes, parameter_count
+from rankfold.cost import disk_bytes, interleaved_latency, memory_bytes, parameter_count, reading
 from rankfold.cost.latency import NOISY_SPREAD, _spread
-from rankfold.measure import measure_latency, measure_quality, measure_size, table
+from rankfold.measure import measure_latency, measure_limits, measure_quality, measure_size, table
 from rankfold.quality import classification_accuracy, load_labelled, next_token_quality
+from rankfold.quantization import Grid, quantize_blocks
 from rankfold.record import value_of
 
 
@@ -114,6 +115,34 @@ def test_records_make_a_table_with_ratios() -> None:
     assert rows["KL to dense, nat/token"][1] == "-"
     assert {"prefill, ms", "decode, ms/token", "same first choice"} <= set(rows)
     assert all("contended" in record.context for record in records if record.name == "prefill")
+    for what, tokens in (("prefill", 8), ("decode", 1)):
+        seconds, rate = (value_of(records, "dense", name) for name in (what, f"{what}_throughput"))
+        assert rate == pytest.approx(tokens / seconds)  # type: ignore[operator]
+
+
+def test_batches_stand_apart_in_the_table() -> None:
+    models = {"dense": tiny.build("llama")}
+    records = [
+        record for size in (1, 4) for record in measure_latency(models, {}, prompt_tokens=8, rounds=2, batch_size=size)
+    ]
+    rows = {row[0] for row in table(records, models)}
+    assert {"decode, tokens/s: batch 1", "decode, tokens/s: batch 4"} <= rows
+
+
+def test_no_model_can_be_faster_than_its_bytes_and_multiplications_allow() -> None:
+    models = {"dense": tiny.build("llama"), "compressed": tiny.build("llama")}
+    sites = find_sites(models["dense"]).select()
+    compress(models["compressed"], allocate(sites, keep=0.5, method="svd"))
+    head = models["dense"].get_output_embeddings().weight.numel()
+    numbers = sum(site.parameters for site in sites) + head
+    assert reading(models["dense"]) == (4 * numbers, numbers)
+    limits = measure_limits(models, {})
+    kept = sum(p.numel() for m in models["compressed"].model.layers for p in m.parameters() if p.ndim == 2) + head
+    assert value_of(limits, "compressed", "decode_speedup_limit") == pytest.approx(numbers / kept)
+    quantize_blocks(models["compressed"], [tiny.inputs(models["compressed"])], Grid(4, group=8))
+    few = measure_limits(models, {})
+    assert value_of(few, "compressed", "prefill_speedup_limit") == pytest.approx(numbers / kept)
+    assert value_of(few, "compressed", "decode_speedup_limit") > numbers / kept  # type: ignore[operator]
 
 
 def test_accuracy_counts_right_rows(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from rankfold.measure import (
     evaluation_windows,
     measure_accuracy,
     measure_latency,
+    measure_limits,
     measure_quality,
     measure_size,
     table,
@@ -50,7 +51,9 @@ def measure(
     windows: Annotated[int, typer.Option(min=1, help="Windows to score at most.")] = 256,
     latency: Annotated[bool, typer.Option(help="Time prefill and decoding, models interleaved.")] = True,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the timed prompt.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts timed at once.")] = 1,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Prompts timed at once; repeat it, as from 1 to 64 (default: 1).")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     output: Records = None,
@@ -60,6 +63,7 @@ def measure(
     # A folder of adapters holds no model of its own.
     folders = {name: source for name, source in names.items() if (Path(str(source)) / "config.json").is_file()}
     check_records(output)
+    batches = sorted(set(batch or [1]))
     models = {name: load_model(str(source), dtype=to_dtype(dtype), device=device) for name, source in names.items()}
     check_comparable(models)
     for measured in models.values():
@@ -82,9 +86,11 @@ def measure(
     else:
         say("Quality not measured: perplexity is for decoders; give a classifier labelled rows with --labels.")
     if latency:
-        with progress("latency rounds", 16) as advance:
-            settings = {"prompt_tokens": prompt, "decoded_tokens": DECODED_TOKENS, "batch_size": batch}
-            records += measure_latency(models, circumstances(), advance, **settings)
+        with progress("latency rounds", 16 * len(batches)) as advance:
+            for size in batches:
+                settings = {"prompt_tokens": prompt, "decoded_tokens": DECODED_TOKENS, "batch_size": size}
+                records += measure_latency(models, circumstances(), advance, **settings)
+        records += measure_limits(models, circumstances())
     header = ["", *names, "ratio"] if dense else ["", *names, ""]
     print_table(str(model), header, table(records, names))
     if any(record.context.get("contended") for record in records):

@@ -2,6 +2,15 @@
 
 from rankfold.cost.hardware import hardware
 from rankfold.cost.latency import Latency, interleaved_latency
-from rankfold.cost.memory import disk_bytes, memory_bytes, parameter_count
+from rankfold.cost.memory import Reading, disk_bytes, memory_bytes, parameter_count, reading
 
-__all__ = ["Latency", "disk_bytes", "hardware", "interleaved_latency", "memory_bytes", "parameter_count"]
+__all__ = [
+    "Latency",
+    "Reading",
+    "disk_bytes",
+    "hardware",
+    "interleaved_latency",
+    "memory_bytes",
+    "parameter_count",
+    "reading",
+]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
+
+from torch import nn
 
 from rankfold.modules import SpQRLinear
 from rankfold.shards import shard_files
@@ -26,6 +28,33 @@ def memory_bytes(model: Any) -> int:
     """Bytes of all parameters and buffers, shared ones counted once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+class Reading(NamedTuple):
+    """What every decoded token asks of a machine, the key-value cache left aside."""
+
+    bytes: int
+    """Bytes of the matrices that are read."""
+    multiplications: int
+    """Multiplications with their entries."""
+
+
+def reading(model: Any) -> Reading:
+    """The matrices that a token passes, the output head included; an embedding's rows are looked up, not multiplied.
+
+    Experts count as if a token passed all of them.
+    """
+    stored = multiplied = 0
+    for module in model.modules():
+        if isinstance(module, SpQRLinear):
+            stored += sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+            multiplied += module.out_features * module.in_features
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            weight = cast(Any, module.weight)
+            state = getattr(weight, "quant_state", None)
+            stored += weight.numel() * weight.element_size()
+            multiplied += weight.numel() if state is None else state.shape.numel()
+    return Reading(stored, multiplied)
 
 
 def disk_bytes(folder: str | Path) -> int | None:
