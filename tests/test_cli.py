@@ -104,7 +104,20 @@ def test_evaluate_writes_programs_and_goes_on_after_a_kill(tmp_path: Path) -> No
 
 
 def test_quantize_a_compressed_model_and_measure_it(tmp_path: Path) -> None:
-    run("compress", MODEL, str(tmp_path / "low"), "--method", "svd", "--keep", "0.8", "--form", "pivoted")
+    timed = run(
+        "compress",
+        MODEL,
+        str(tmp_path / "low"),
+        "--method",
+        "svd",
+        "--keep",
+        "0.8",
+        "--form",
+        "pivoted",
+        "--multiple",
+        "0",
+    )
+    assert "ranks become multiples of" in timed.stderr
     out = tmp_path / "out"
     settings = ("--bits", "3", "--sequences", "8", "--length", "64")
     done = run("quantize", str(tmp_path / "low"), str(out), *settings)

@@ -14,7 +14,15 @@ from transformers import AutoTokenizer
 
 from rankfold import allocate, compress, find_sites
 from rankfold.checkpoint import save
-from rankfold.cost import disk_bytes, interleaved_latency, memory_bytes, parameter_count, reading
+from rankfold.cost import (
+    disk_bytes,
+    interleaved_latency,
+    memory_bytes,
+    neighbouring_ranks,
+    parameter_count,
+    rank_seconds,
+    reading,
+)
 from rankfold.cost.latency import NOISY_SPREAD, _spread
 from rankfold.measure import measure_latency, measure_limits, measure_quality, measure_size, table
 from rankfold.quality import classification_accuracy, load_labelled, next_token_quality
@@ -166,3 +174,11 @@ def test_labelled_rows_must_hold_text_and_label(row: str, tmp_path: Path) -> Non
     (tmp_path / "rows.jsonl").write_text(row)
     with pytest.raises(ValueError, match="`sentence` or `text` and an integer `label`"):
         load_labelled(tmp_path / "rows.jsonl")
+
+
+def test_every_rank_is_timed_and_larger_ones_take_longer() -> None:
+    seconds = rank_seconds(512, 512, [8, 256], tokens=64, rounds=5)
+    assert seconds[256] > seconds[8] > 0
+    ranks = neighbouring_ranks(2048)
+    assert all(rank % multiple == 0 and rank % (2 * multiple) for multiple, rank in ranks.items() if multiple < 128)
+    assert neighbouring_ranks(64)[1] == 1

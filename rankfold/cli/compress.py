@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,13 +14,13 @@ from rankfold.allocation import ALLOCATIONS
 from rankfold.calibration import load_corpus
 from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
 from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteNames, default_length, to_dtype
-from rankfold.cost import parameter_count
+from rankfold.cost import fast_multiple, neighbouring_ranks, parameter_count, rank_seconds
 from rankfold.factorization import METHODS
 from rankfold.pipeline import Budget, Settings, compress_within, read_text
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
 from rankfold.summary import report_plan
-from rankfold.terminal import say, stages
+from rankfold.terminal import print_table, progress, say, stages
 
 
 def compress(
@@ -63,7 +64,12 @@ def compress(
     ] = None,
     sites: SiteNames = None,
     multiple: Annotated[
-        int, typer.Option(help="Lower ranks to a multiple of this, for fast kernels.", rich_help_panel="Method")
+        int,
+        typer.Option(
+            min=0,
+            help="Lower ranks to a multiple of this, for fast kernels (0: to one that is fast here, by timing).",
+            rich_help_panel="Method",
+        ),
     ] = 1,
     refine: Annotated[
         int,
@@ -102,10 +108,12 @@ def compress(
     start = time.perf_counter()
     check_target(output, overwrite)
     budget = Budget.of(keep=keep, bytes_=bytes_, max_loss_increase=max_loss_increase, rank=rank)
-    settings = Settings(method, allocation, form, multiple, refine, refine_toward, seed)
+    settings = Settings(method, allocation, form, max(1, multiple), refine, refine_toward, seed)
     loaded = load_model(model, dtype=to_dtype(dtype), device=device)
     tokenizer = load_tokenizer(model) if settings.needs_text(budget) else tokenizer_if_any(model)
     chosen = find_sites(loaded).select(sites or ())
+    if multiple == 0:
+        settings = replace(settings, multiple=_fast_here(loaded, chosen))
     before = parameter_count(loaded)
     settings.check(loaded, chosen, budget)
     _check_space(output, loaded, budget.keep_of(loaded, chosen) or 1.0, chosen)
@@ -123,6 +131,26 @@ def compress(
     save(loaded, tokenizer, output, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     report_plan(output, plan, chosen, before, parameter_count(loaded), time.perf_counter() - start)
+
+
+def _fast_here(model: Any, sites: Sites) -> int:
+    """The multiple of ranks that is fast on this machine for the largest matrix of the model."""
+    site = max(sites, key=lambda site: site.out_features * site.in_features)
+    ranks = neighbouring_ranks(min(site.out_features, site.in_features))
+    weight = next(model.parameters())
+    with progress("timing ranks", 16) as advance:
+        seconds = rank_seconds(
+            site.out_features, site.in_features, list(ranks.values()), device=str(weight.device), dtype=weight.dtype,
+            on_round=advance,
+        )  # fmt: skip
+    found = fast_multiple(seconds, ranks)
+    rows = [
+        [str(m), str(rank), f"{seconds[rank] * 1e6:.1f}", f"{seconds[rank] / rank * 1e9:.1f}"]
+        for m, rank in ranks.items()
+    ]
+    title = f"{site.out_features} x {site.in_features}, 128 tokens at once: ranks become multiples of {found}"
+    print_table(title, ["multiple of", "rank", "microseconds", "nanoseconds a rank"], rows)
+    return found
 
 
 def _check_space(output: Path, model: Any, keep: float, sites: Sites) -> None:
