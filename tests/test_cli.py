@@ -104,20 +104,9 @@ def test_evaluate_writes_programs_and_goes_on_after_a_kill(tmp_path: Path) -> No
 
 
 def test_quantize_a_compressed_model_and_measure_it(tmp_path: Path) -> None:
-    timed = run(
-        "compress",
-        MODEL,
-        str(tmp_path / "low"),
-        "--method",
-        "svd",
-        "--keep",
-        "0.8",
-        "--form",
-        "pivoted",
-        "--multiple",
-        "0",
-    )
-    assert "ranks become multiples of" in timed.stderr
+    settings = ("--method", "svd", "--keep", "0.8", "--form", "pivoted", "--multiple", "0")
+    timed = run("compress", MODEL, str(tmp_path / "low"), *settings)
+    assert "Ranks become multiples of" in timed.stderr
     out = tmp_path / "out"
     settings = ("--bits", "3", "--sequences", "8", "--length", "64")
     done = run("quantize", str(tmp_path / "low"), str(out), *settings)

@@ -144,12 +144,13 @@ def _fast_here(model: Any, sites: Sites) -> int:
             on_round=advance,
         )  # fmt: skip
     found = fast_multiple(seconds, ranks)
-    rows = [
-        [str(m), str(rank), f"{seconds[rank] * 1e6:.1f}", f"{seconds[rank] / rank * 1e9:.1f}"]
-        for m, rank in ranks.items()
-    ]
-    title = f"{site.out_features} x {site.in_features}, 128 tokens at once: ranks become multiples of {found}"
-    print_table(title, ["multiple of", "rank", "microseconds", "nanoseconds a rank"], rows)
+    rows = []
+    for step, rank in ranks.items():
+        each = seconds[rank] / rank
+        rows.append([str(step), str(rank), f"{seconds[rank] * 1e6:.1f}", f"{each * 1e9:.1f}"])
+    shape = f"{site.out_features} x {site.in_features}, 128 tokens"
+    print_table(shape, ["multiple of", "rank", "microseconds", "nanoseconds a rank"], rows)
+    say(f"Ranks become multiples of {found}.")
     return found
 
 

@@ -51,10 +51,7 @@ def rank_seconds(  # noqa: PLR0913
         on_round: Called after each round.
     """
     x = torch.randn(tokens, in_features, device=device, dtype=dtype)
-    factors = {
-        rank: (torch.randn(rank, in_features).to(x), torch.randn(out_features, rank).to(x))
-        for rank in dict.fromkeys(ranks)
-    }
+    factors = {rank: (torch.randn(rank, in_features).to(x), torch.randn(out_features, rank).to(x)) for rank in ranks}
     times: dict[int, list[float]] = {rank: [] for rank in factors}
     for number in range(rounds + 1):
         for rank, (down, up) in factors.items():
