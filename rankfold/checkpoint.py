@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,14 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         auto_class = auto_class_for(config)
+        # Where a library quantized the weights it also puts them in their place.
+        quantized = getattr(config, "quantization_config", None) is not None
+        place: dict[str, Any] = {"device_map": {"": str(device or "cpu")}} if quantized else {}
         model, info = auto_class.from_pretrained(
             source,
             config=config,
             dtype=dtype or "auto",
+            **place,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
@@ -65,9 +71,7 @@ def load_model(
             f"{source}: the checkpoint must hold all weights of {type(model).__name__}, but {len(missing)} are missing "
             f"or of another shape, for example {missing[:3]}. They would be random; take a whole checkpoint."
         )
-    # Where a library quantized the weights it has also put them in their place.
-    movable = device is not None and getattr(config, "quantization_config", None) is None
-    return (model.to(device) if movable else model).eval()
+    return (model if device is None or quantized else model.to(device)).eval()
 
 
 def _with_adapters(folder: Path, dtype: Any, device: Any, trust_remote_code: bool) -> Any:
@@ -81,21 +85,25 @@ def _with_adapters(folder: Path, dtype: Any, device: Any, trust_remote_code: boo
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def save_adapters(adapted: Any, tokenizer: Any, folder: str | Path, *, base: str) -> Path:
+def save_adapters(
+    adapted: Any, tokenizer: Any, folder: str | Path, *, base: str | Path, overwrite: bool = False
+) -> Path:
     """Write the adapters of a PEFT model and the tokenizer, whole or not at all; the weights under them stay apart.
 
     Args:
         adapted: A PEFT model.
         tokenizer: Its tokenizer, or `None`.
         folder: Where to write.
-        base: The checkpoint that the adapters belong to, whose name they keep.
+        base: The checkpoint that the adapters belong to, whose place they keep.
+        overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        ValueError: If the folder exists.
+        ValueError: If the folder exists, or the disk is full.
     """
     target = Path(folder)
-    with whole_folder(target) as partial:
-        adapted.peft_config["default"].base_model_name_or_path = str(base)
+    place = Path(base).resolve() if Path(base).is_dir() else base
+    adapted.peft_config["default"].base_model_name_or_path = str(place)
+    with _written(target, overwrite) as partial:
         adapted.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -181,15 +189,22 @@ def save(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = Fa
         ValueError: If the folder exists, or the disk is full.
     """
     target = Path(folder)
+    with _written(target, overwrite) as partial:
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        check_folder(partial)
+    return target
+
+
+@contextmanager
+def _written(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder that takes its place when it is whole; what goes wrong with the disk is said."""
     try:
         with whole_folder(target, overwrite) as partial:
-            model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            check_folder(partial)
+            yield partial
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{target}: the checkpoint could not be written ({error}); nothing was left there.") from error
-    return target
 
 
 def is_factorized(folder: str | Path) -> bool:

@@ -204,7 +204,8 @@ def measured_losses(records: Sequence[Record], sites: Sequence[Site]) -> dict[st
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         point = (float(record.context["share"]), max(0.0, float(record.value or 0)))
-        curves.setdefault(str(record.context["group"]), []).append(point)
+        if point[0] < 1:
+            curves.setdefault(str(record.context["group"]), []).append(point)
     losses = {}
     for site in sites:
         group = next((key(site) for key in GROUPS.values() if key(site) in curves), None)

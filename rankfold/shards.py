@@ -110,7 +110,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"{target}: the output folder exists and is not empty. Choose another, or pass --overwrite.")
-    if not (target / "config.json").exists():
+    if not any((target / name).exists() for name in ("config.json", "adapter_config.json")):
         raise ValueError(
             f"{target}: only a model folder is overwritten, and this one has no config.json. Choose another."
         )

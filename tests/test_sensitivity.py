@@ -113,6 +113,8 @@ def test_measured_rises_become_ranks(subject: Subject) -> None:
     assert {site.kind for option in plan.factorized for site in subject.sites if site.name in option.sites} == {
         "mlp.c_proj"
     }
+    full = [record("mlp.c_proj", 1.0, 0.5), *records]
+    assert measured_losses(full, subject.sites) == losses
     with pytest.raises(ValueError, match="not measured"):
         measured_losses(records[:2], subject.sites)
 

@@ -16,6 +16,7 @@ from rankfold.measure import circumstances
 from rankfold.modules import PivotedLinear
 from rankfold.quantization import SCHEMES, Grid, is_linear, quantize_blocks, quantize_by_library
 from rankfold.record import Record
+from rankfold.recovery import is_quantized
 from rankfold.shards import check_target
 from rankfold.sites import block_paths
 from rankfold.terminal import say, stages, write_records
@@ -60,6 +61,8 @@ def quantize(
     if scheme == SPQR:
         grid = Grid(bits, group, outliers=outliers)
         loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device), load_tokenizer(model)
+        if is_quantized(loaded):
+            raise ValueError(f"{model}: quantized already. Quantize the checkpoint from which it was made.")
         before = memory_bytes(loaded)
         windows, _, _ = calibration_windows(
             loaded, tokenizer, load_corpus(calibration), sequences=sequences,
@@ -103,5 +106,8 @@ def _quantize_blocks(model: Any, batches: Any, grid: Grid) -> None:
         bits = quantize_blocks(model, batches, grid, on_layer=on_layer)
     average = sum(bits.values()) / len(bits)
     say(f"{len(bits)} of {len(layers)} layers in {average:.2f} bits a weight on average, all included.")
+    stacks = [p for path in paths for p in model.get_submodule(path).parameters() if p.ndim == 3]
+    if stacks:
+        say(f"{sum(p.numel() for p in stacks):,} weights in stacks of experts stay as they are: factorize them first.")
     if len(bits) < len(layers):
         say("The others are so small that few bits would not make them smaller.")

@@ -92,7 +92,7 @@ def recover(
         facts = {**loaded.config.rankfold["calibration"], "recovery_text": given}
         loaded.config.rankfold = {**loaded.config.rankfold, "calibration": facts}
     if result.adapters is not None:
-        save_adapters(result.adapters, tokenizer, output, base=model)
+        save_adapters(result.adapters, tokenizer, output, base=model, overwrite=overwrite)
     else:
         save(loaded.to(stored), tokenizer, output, overwrite=overwrite)
     shutil.rmtree(folder, ignore_errors=True)

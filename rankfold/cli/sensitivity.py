@@ -58,7 +58,7 @@ def sensitivity(
     corpus, held_out = load_corpus(calibration), load_corpus(text)
     found, _, facts = calibration_windows(loaded, tokenizer, corpus, sequences=sequences, length=length, seed=seed)
     scored = evaluation_windows(tokenizer, held_out, length, windows)
-    study = fingerprint(loaded, found, scored, method, by)
+    study = fingerprint(loaded, found, scored, method, by, [site.name for site in chosen])
     context = circumstances(
         model=Path(model).name,
         study=study,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,20 @@ class LinearStack(nn.ModuleList):
         """The weight of one layer."""
         layer = self._modules[str(operator.index(index) % len(self))]
         assert layer is not None
-        like = next(layer.parameters())
-        return ModuleWeight(like, (layer.out_features, layer.in_features), layer, lambda: layer.weight)  # type: ignore[arg-type, return-value]
+        # A layer in few bits may have no parameter at all, and says its dtype itself.
+        like = next((part for part in layer.parameters() if part.is_floating_point()), None)
+        return ModuleWeight(
+            _empty_like(layer) if like is None else like,
+            (layer.out_features, layer.in_features),  # type: ignore[arg-type]
+            layer,
+            lambda: layer.weight,  # type: ignore[arg-type, return-value]
+        )  # type: ignore[return-value]
+
+
+def _empty_like(layer: nn.Module) -> Tensor:
+    """A tensor of the dtype and on the device of a layer that has no parameter, its weights being in few bits."""
+    few: Any = next(part for part in layer.modules() if hasattr(part, "dtype"))
+    return torch.empty(0, dtype=few.dtype, device=next(layer.buffers()).device)
 
 
 def _layer_around(weight: nn.Parameter) -> nn.Linear:

@@ -86,7 +86,8 @@ def complete(
             **ending,
         )
     new = written[:, ids.shape[1] :].tolist()
-    return [_text_after(tokenizer, row, after, stops) for row, after in zip(rows, new, strict=True)]
+    ends = _end_tokens(model, tokenizer)
+    return [_text_after(tokenizer, row, after, stops, ends) for row, after in zip(rows, new, strict=True)]
 
 
 def prompt_ids(tokenizer: Any, prompt: str, room: int | None) -> list[int]:
@@ -112,7 +113,14 @@ def _padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, 
     return ids, mask
 
 
-def _text_after(tokenizer: Any, prompt: list[int], new: list[int], stops: Sequence[str]) -> str:
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens at which the model stops writing."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+def _text_after(tokenizer: Any, prompt: list[int], new: list[int], stops: Sequence[str], end_tokens: set[int]) -> str:
     """The new text as it stands after the prompt, cut where a stop begins; without a half line if nothing ended it."""
 
     # Some tokenizers drop a space at the beginning of a text, so the prompt is decoded with it.
@@ -125,6 +133,6 @@ def _text_after(tokenizer: Any, prompt: list[int], new: list[int], stops: Sequen
     ends = [place for place in map(after.find, stops) if place >= 0]
     if ends:
         return after[: min(ends)]
-    if stops and not set(new) & {tokenizer.eos_token_id, _padding(tokenizer)}:
+    if stops and not set(new) & end_tokens:
         return after[: after.rfind("\n") + 1]
     return after

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankfold.architectures import adopt
 from rankfold.calibration import BlockStep, MomentAccumulator, walk_blocks
+from rankfold.factorization import Moments
 from rankfold.modules import LowRankLinear, PivotedLinear, SpQRLinear, linear_shape
 from rankfold.plan import Plan
 from rankfold.quantization.spqr import Grid, bits_per_weight, spqr, spqr_linear
@@ -79,7 +80,7 @@ def each_layer(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[
     for step in walk_blocks(model.base_model, batches):
         layers = dict(_linears(model.base_model.get_submodule(step.path)))
         for name, moment in _inputs(step, layers):
-            yield layers[name], moment
+            yield layers[name], moment.second
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -91,8 +92,8 @@ def _linears(block: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in block.named_modules() if is_linear(module))
 
 
-def _inputs(step: BlockStep, layers: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The second moment of every layer's inputs, layers that read the same tensor sharing one."""
+def _inputs(step: BlockStep, layers: Mapping[str, Any]) -> Iterator[tuple[str, Moments]]:
+    """The moments of every layer's inputs, layers that read the same tensor sharing them."""
     readers: dict[int, str] = {}
     moments: dict[str, MomentAccumulator] = {}
     with _hooked(layers, lambda name, x: readers.setdefault(id(x), name), keep=True) as leaders:
@@ -103,16 +104,17 @@ def _inputs(step: BlockStep, layers: Mapping[str, Any]) -> Iterator[tuple[str, T
     with _hooked({name: layers[name] for name in moments}, lambda name, x: moments[name].update(x)):
         for call in step.calls:
             call.module(*call.args, **call.kwargs)
-    seconds: dict[str, Tensor] = {}
+    measured: dict[str, Moments] = {}
     for name, layer in layers.items():
         # An expert that no token of the first batch reached is rounded without regard to its inputs.
         leader = leaders.get(name)
         if leader is None:
-            yield name, torch.eye(linear_shape(layer)[1], device=layer.weight.device)
+            identity = torch.eye(linear_shape(layer)[1], device=layer.weight.device)
+            yield name, Moments(0, torch.zeros_like(identity[0]), identity)
             continue
-        if leader not in seconds:
-            seconds[leader] = moments.pop(leader).moments().second
-        yield name, seconds[leader]
+        if leader not in measured:
+            measured[leader] = moments.pop(leader).moments()
+        yield name, measured[leader]
 
 
 @contextmanager
@@ -138,19 +140,19 @@ def _hooked(
 
 
 def _with_its_partner(
-    model: Any, name: str, layer: Any, second: Tensor, grid: Grid
+    model: Any, name: str, layer: Any, inputs: Moments, grid: Grid
 ) -> Iterator[tuple[str, SpQRLinear | None]]:
     """A layer quantized; after the first factor of a pair the second, fitted to what the first has become."""
     owner_path, _, part = name.rpartition(".")
     owner = model.get_submodule(owner_path)
     if not isinstance(owner, (LowRankLinear, PivotedLinear)):
-        yield name, _quantized(name, layer, second, grid)
+        yield name, _quantized(name, layer, inputs.second, grid)
         return
     if part != "down":
         return
-    S = second.double()
+    S = inputs.second.double()
     target = owner.up.weight.double() @ layer.weight.double()
-    made = _quantized(name, layer, second, grid)
+    made = _quantized(name, layer, inputs.second, grid)
     D = (layer.weight if made is None else made.dequantized()).double()
     moment = D @ S @ D.T
     # A little damping keeps directions that no input reaches as they were.
@@ -159,7 +161,10 @@ def _with_its_partner(
     refitted = old + torch.linalg.solve(damped, ((target - old @ D) @ S @ D.T).T).T
     if isinstance(owner, PivotedLinear) and layer.bias is not None:
         # `up` reads the pivots with their bias.
-        owner.up.bias.data += ((old - refitted) @ layer.bias.double()).to(owner.up.bias.dtype)
+        b = layer.bias.double()
+        owner.up.bias.data += ((old - refitted) @ b).to(owner.up.bias.dtype)
+        shift = torch.outer(D @ inputs.mean.double(), b)
+        moment = moment + shift + shift.T + torch.outer(b, b)
     owner.up.weight.data = refitted.to(owner.up.weight.dtype)
     yield name, made
     yield f"{owner_path}.up", _quantized(f"{owner_path}.up", owner.up, moment, grid)

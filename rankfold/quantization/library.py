@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankfold.checkpoint import auto_class_for, load_model, save
-from rankfold.modules import LowRankLinear, linear_at
+from rankfold.checkpoint import ADAPTER, auto_class_for, load_model, quantized_by_library, save
+from rankfold.modules import LowRankLinear, SpQRLinear, linear_at
 from rankfold.plan import Plan
 
 SCHEMES = {"int8": 0.05, "nf4": 0.2}
@@ -52,7 +52,11 @@ def quantize_by_library(
     if scheme not in SCHEMES:
         raise ValueError(f"The scheme must be one of {', '.join(SCHEMES)}, but got {scheme!r}.")
     settings = _settings(scheme, dtype)
+    if (Path(source) / ADAPTER).is_file() or quantized_by_library(source):
+        raise ValueError(f"{source}: quantized already, or adapters over such a model. Quantize what it was made from.")
     dense = load_model(source, dtype=dtype)
+    if any(isinstance(module, SpQRLinear) for module in dense.modules()):
+        raise ValueError(f"{source}: quantized already. Quantize the checkpoint from which it was made.")
     padded = pad_ranks(dense, MULTIPLE) if scheme == "nf4" else 0
     head = [name for name, module in dense.named_modules() if module is dense.get_output_embeddings()]
     failed: list[str] = []
@@ -64,10 +68,10 @@ def quantize_by_library(
             )
             layers = _quantized_layers(made)
             wrong = [name for name, layer in layers.items() if not _passes(layer, dense.get_submodule(name), scheme)]
-            if not wrong:
+            if set(wrong) <= set(failed):
                 break
             failed += wrong
-    if not layers:
+    if not layers or wrong:
         raise ValueError(f"{source}: bitsandbytes quantizes no layer of this model correctly here; see its {scheme}.")
     return made.eval(), Summary(tuple(layers), tuple(failed), padded)
 

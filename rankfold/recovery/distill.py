@@ -101,7 +101,8 @@ def recover(  # noqa: PLR0913
         # The start is a candidate too: adapters that give nothing are those at zero.
         if lora_rank:
             for name, parameter in trained.named_parameters():
-                parameter.data.mul_(0.0 if "lora_B" in name else 1.0)
+                if "lora_B" in name:
+                    parameter.data.zero_()
         else:
             model.load_state_dict(start)
         after = before

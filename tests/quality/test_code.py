@@ -25,6 +25,7 @@ from rankfold.quality.code import (
     read_completions,
     score_completions,
 )
+from rankfold.quality.generation import _text_after
 
 HUMANEVAL = {
     "task_id": "T/0", "prompt": "def f(x):\n", "canonical_solution": "    return x\n",
@@ -138,6 +139,19 @@ def test_a_stop_is_no_part_of_the_text_and_half_lines_are_cut(model) -> None:
     free = complete(*model, prompts, sampling=Sampling(new_tokens=40))
     stopped = complete(*model, prompts, sampling=Sampling(new_tokens=40), stops=("\n",))
     assert stopped == [text.split("\n")[0] if "\n" in text else "" for text in free]
+
+
+def test_an_answer_that_the_model_ends_keeps_its_last_line(model) -> None:
+    class Tokens:
+        eos_token_id, pad_token_id = 1, 1
+
+        def decode(self, ids: list[int], **_: object) -> str:
+            return "".join({1: "", 2: "", 3: "\n    x = 1", 4: "\n    return x"}[token] for token in ids)
+
+    text = "\n    x = 1\n    return x"
+    # Another end than the tokenizer's, as chat models have.
+    assert _text_after(Tokens(), [], [3, 4, 2], ("\ndef",), {1, 2}) == text
+    assert _text_after(Tokens(), [], [3, 4], ("\ndef",), {1, 2}) == "\n    x = 1\n"
 
 
 def test_a_prompt_too_long_keeps_its_end(model) -> None:

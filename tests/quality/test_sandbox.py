@@ -117,6 +117,38 @@ def test_a_fork_bomb_stays_small(protection: Protection) -> None:
     assert not _left_running()
 
 
+@pytest.mark.parametrize("escape", ["os.setsid()", "os.setsid()\nif os.fork(): os._exit(0)\nos.setsid()"])
+def test_nothing_outlives_its_limit(escape: str, protection: Protection) -> None:
+    if "time after the limit" in protection.reachable:
+        pytest.skip("this protection does not find processes that leave their session, and says so")
+    name = f"mark-{os.getpid()}-{len(escape)}"
+    program = f"import os, time, sys\n{escape}\nopen('/proc/self/comm', 'w').write('{name[:15]}')\ntime.sleep(30)"
+    run(program, protection, Limits(wall_seconds=1.5))
+    deadline = time.monotonic() + 5
+    while _named(name[:15]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _named(name[:15])
+
+
+def _named(name: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        with contextlib.suppress(OSError):
+            found += [path.parent.name] if path.read_text().strip() == name else []
+    return found
+
+
+def test_only_the_empty_folder_can_be_written(protection: Protection) -> None:
+    if not protection.hides_files:
+        pytest.skip("this protection does not hide files, and says so")
+    for place in ("/x", "/etc/x", "/dev/shm/x", "/dev/x", "/usr/x"):
+        assert run(f"open({place!r}, 'w')", protection).error in ("OSError", "PermissionError", "FileNotFoundError"), (
+            place
+        )
+    many = "for n in range(200): open(f'{n}', 'wb').write(bytes(1 << 19))"
+    assert run(many, protection).error == "OSError"
+
+
 def _left_running() -> list[str]:
     """Processes that belong to a user of the sandbox."""
     owners = []

@@ -12,7 +12,7 @@ from rankfold import allocate, compress, find_sites
 from rankfold.checkpoint import load_model, save
 from rankfold.cost import parameter_count
 from rankfold.modules import LowRankLinear
-from rankfold.quantization import pad_ranks, quantize_by_library
+from rankfold.quantization import Grid, pad_ranks, quantize_blocks, quantize_by_library
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -76,3 +76,16 @@ def test_layers_that_come_out_wrong_are_found_and_left(tmp_path: Path) -> None:
 def test_an_unknown_scheme_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one of int8, nf4"):
         quantize_by_library(tmp_path, "int3")
+
+
+def test_what_is_quantized_is_not_quantized_again(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'rankfold[quantization]'")
+    save(llama(), None, tmp_path / "dense")
+    made, _ = quantize_by_library(tmp_path / "dense", "int8")
+    save(made, None, tmp_path / "int8")
+    model = llama()
+    quantize_blocks(model, [{"input_ids": IDS}], Grid(4))
+    save(model, None, tmp_path / "spqr")
+    for name in ("int8", "spqr"):
+        with pytest.raises(ValueError, match="quantized already"):
+            quantize_by_library(tmp_path / name, "nf4")

@@ -17,6 +17,7 @@ from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
 from rankfold.cost import disk_bytes, parameter_count
 from rankfold.measure import evaluation_windows
 from rankfold.modules import SpQRLinear, linear_at, pack, unpack
+from rankfold.pipeline import fingerprint
 from rankfold.quality import next_token_quality
 from rankfold.quantization import Grid, bits_per_weight, quantize_blocks, spqr, spqr_linear
 
@@ -196,6 +197,26 @@ def test_factors_are_quantized_and_load_without_rankfold(form: str, tmp_path: Pa
     code = (tmp_path / "out" / "modeling_rankfold.py").read_text()
     assert "import rankfold" not in code
     assert "class SpQRLinear" in code
+
+
+def test_experts_in_few_bits_run_and_load(tmp_path: Path) -> None:
+    model = tiny.build("mixtral")
+    inputs = tiny.inputs(model)
+    compress(model, allocate(find_sites(model).select(), rank=8, method="svd"))
+    quantize_blocks(model, [inputs], Grid(8, group=8, outliers=0.0))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        save(model, None, tmp_path / "out")
+        torch.testing.assert_close(load_model(tmp_path / "out")(**inputs).logits, expected)
+
+
+def test_work_of_models_in_different_bits_is_told_apart() -> None:
+    fingerprints = set()
+    for grid in (Grid(3, group=8), Grid(4, group=8), Grid(4, group=16)):
+        model = tiny.build("llama")
+        quantize_blocks(model, [tiny.inputs(model)], grid)
+        fingerprints.add(fingerprint(model))
+    assert len(fingerprints) == 3
 
 
 def test_it_is_really_that_small_on_disk(bundled: Path, tmp_path: Path) -> None:

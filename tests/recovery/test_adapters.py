@@ -61,6 +61,7 @@ def test_adapters_over_factors_in_four_bits_are_trained_saved_and_loaded(quantiz
         torch.testing.assert_close(again(IDS).logits, expected, rtol=1e-2, atol=1e-2)
     with pytest.raises(ValueError, match="exists and is not empty"):
         save_adapters(result.adapters, None, tmp_path / "adapters", base=str(quantized))
+    save_adapters(result.adapters, None, tmp_path / "adapters", base=str(quantized), overwrite=True)
 
 
 def test_weights_in_few_bits_alone_cannot_be_trained(quantized: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def complete_tasks(  # noqa: PLR0913
             texts = complete(model, tokenizer, prompts, sampling=sampling, stops=stops, seed=1_000_003 * seed + number)
             made = {(task.name, sample): text for (task, sample), text in zip(batch, texts, strict=True)}
             _append(file, {key: text for key, text in made.items() if key not in done})
-            done |= made
+            done = made | done
         for _ in batch:
             on_completion()
     return [Completion(task, sample, done[task.name, sample]) for task in tasks for sample in range(samples)]

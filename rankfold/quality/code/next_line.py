@@ -30,11 +30,12 @@ def choose_lines(texts: Sequence[str], count: int, seed: int = 0) -> list[Line]:
     """
     found = []
     for text in texts:
-        lines = text.splitlines(keepends=True)
-        for index in range(BEFORE, len(lines)):
-            line = lines[index].rstrip()
-            if len(line.strip()) >= SHORTEST and len(line) <= LONGEST:
-                found.append((text, sum(map(len, lines[:index])), line))
+        place = 0
+        for index, whole in enumerate(text.splitlines(keepends=True)):
+            line = whole.rstrip()
+            if index >= BEFORE and len(line.strip()) >= SHORTEST and len(line) <= LONGEST:
+                found.append((text, place, line))
+            place += len(whole)
     if len(found) < count:
         raise ValueError(f"The text has {len(found)} lines that can be asked for, but {count} were asked for.")
     return [Line(text[:place], line) for text, place, line in random.Random(seed).sample(found, count)]

@@ -72,6 +72,8 @@ class Protection(NamedTuple):
         kept = {"files": self.hides_files, "network": self.hides_network, "processes": self.hides_processes}
         # The kernel holds nobody's processes to a limit if they are root's.
         kept["number of processes"] = os.geteuid() != 0 or _may_drop(self)
+        # A process that leaves its session is not found again without a namespace.
+        kept["time after the limit"] = self.hides_processes
         return [name for name, hidden in kept.items() if not hidden]
 
 
@@ -101,7 +103,7 @@ class Sandbox:
             on_program()
             return execution
 
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        with ThreadPoolExecutor(workers or _processors()) as pool:
             return list(pool.map(one, programs))
 
     def run(self, program: str) -> Execution:
@@ -118,7 +120,7 @@ class Sandbox:
                 cause = watch.until(start + self.limits.wall_seconds)
                 if cause is None and not watch.report:
                     # It died: let whoever started it see of what.
-                    _until_gone(process, time.monotonic() + 1.0)
+                    _until_gone(process, time.monotonic() + 3.0)
             finally:
                 _kill_group(process)
             return _execution(watch, cause, _wait(process), time.monotonic() - start)
@@ -128,6 +130,7 @@ class Sandbox:
         limits, protection = self.limits, self.protection or strongest_protection()
         settings = {
             "report": write,
+            "guarded": protection.name == "namespaces",
             "user": _FIRST_USER + (os.getpid() * 64 + next(_numbers)) % 1_000_000 if _may_drop(protection) else None,
             "limits": {
                 "RLIMIT_CPU": limits.cpu_seconds,
@@ -148,6 +151,9 @@ class Sandbox:
                 pass_fds=(write,),
                 start_new_session=True,
             )
+        except OSError:
+            os.close(read)
+            raise
         finally:
             os.close(write)
         return process, read
@@ -203,8 +209,9 @@ def _execution(watch: _Watch, cause: str | None, ended: tuple[int, float], secon
         report = {}
     if "error" in report:
         return Execution(report["error"] is None, report["error"], str(report.get("detail", "")), shown, seconds)
-    # The kernel's two clocks of CPU time differ by some milliseconds.
-    if cause is None and cpu_seconds > 0.9 * watch.limits.cpu_seconds:
+    # The signal of the limit, or where it was not passed on, the time; the kernel's two clocks differ by milliseconds.
+    signalled = status in (-signal.SIGXCPU, 128 + signal.SIGXCPU)
+    if cause is None and (signalled or cpu_seconds > 0.9 * watch.limits.cpu_seconds):
         cause = "TimeLimit"
     details = {"TimeLimit": "it ran too long", "OutputLimit": "it printed too much"}
     detail = details.get(cause or "", f"exit status {status} without reaching the end: {output[-500:].strip()}")
@@ -239,7 +246,14 @@ def _python() -> list[str]:
 
 def _bubblewrap(folder: Path, limits: Limits) -> list[str]:
     """A root of its own that holds the interpreter, read-only, and an empty folder in memory."""
-    command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    command = [
+        _path("bwrap"),
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+    ]
     if os.geteuid() == 0:
         # Without a namespace of users a limit on processes holds for root too, once it has become somebody else.
         command += ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -259,13 +273,36 @@ def _bubblewrap(folder: Path, limits: Limits) -> list[str]:
     command += ["--perms", "0755", "--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
     command += ["--proc", "/proc", "--dev", "/dev"]
     command += ["--size", str(4 * limits.file_bytes), "--perms", "1777", "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    # Nothing but that folder can be written, so that what is written is bounded.
+    command += ["--remount-ro", "/dev", "--remount-ro", "/"]
     return [*command, "--die-with-parent", "--new-session", "--"]
+
+
+def _path(program: str) -> str:
+    """Where a program lies, if it does: it is started without the caller's PATH."""
+    return shutil.which(program) or program
+
+
+def _processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _namespaces(folder: Path, limits: Limits) -> list[str]:
     """No network and no other processes; files are those of the user."""
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    return ["unshare", *user, "--mount", "--ipc", "--net", "--pid", "--fork", "--kill-child", "--mount-proc", "--"]
+    return [
+        _path("unshare"),
+        *user,
+        "--mount",
+        "--ipc",
+        "--net",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "--",
+    ]
 
 
 def _limits_only(folder: Path, limits: Limits) -> list[str]:

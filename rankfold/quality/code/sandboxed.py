@@ -18,6 +18,18 @@ def take_limits(limits: dict[str, int]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def stand_guard() -> None:
+    """Go on in a child, while this process, the first of its namespace, waits: when it ends the kernel ends the rest.
+
+    It keeps its privileges, and so the signal that comes to it when the process that started it dies.
+    """
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        os._exit(code if code >= 0 else 128 - code)
+
+
 def drop_privileges(user: int) -> None:
     """Become a user whom no file and no other process belongs to."""
     os.setgroups([])
@@ -39,6 +51,8 @@ def main() -> None:
     """Read the settings, then the program, run it, and write how it ended to the report."""
     settings = json.loads(sys.argv[1])
     source = sys.stdin.buffer.read().decode(errors="replace")
+    if settings["guarded"]:
+        stand_guard()
     take_limits(settings["limits"])
     if settings["user"] is not None:
         drop_privileges(settings["user"])
