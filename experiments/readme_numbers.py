@@ -117,7 +117,15 @@ def numbers() -> str:
             "With training (block refinement: 300 steps a block; KL: at most 1,200 steps of 16 windows), seed 0:",
             "",
         ]
-        lines += table(trained, "stories260K: perplexity")
+        lines += table([r for r in trained if r.context["keep"] < 1], "stories260K: perplexity")
+        few = [
+            f"{PLAIN[record.context['row'].partition(' ')[0]]}: {write_value(record)}{write_error(record)} at "
+            f"{record.context['stored']:.2f} of the bytes"
+            for record in trained
+            if record.context["keep"] == 1
+        ]
+        if few:
+            lines += [f"Quantizers with the same KL, rounding seen in training: {'; '.join(few)}.", ""]
     cost = {record.name: record.value for record in read("compress_cost") if record.subject == "naive / rankfold"}
     lines.append(
         f"Compressing a Llama of 303 M parameters with `whitened`: the same work done naively takes {cost['time']:.1f} times the time and "

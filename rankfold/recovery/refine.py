@@ -52,8 +52,8 @@ def refine_blocks(  # noqa: PLR0913
 ) -> list[Refined]:
     """Train every block in turn to give, on the compressed model's inputs, what the dense block gives on the dense's.
 
-    Both streams of hidden states are kept for one block at a time, where the model computes. An eighth of the
-    batches is held out: the parameters that did best on them stay.
+    Two streams of hidden states are kept for one block at a time: the targets in host memory, what the blocks read
+    where the model computes. An eighth of the batches is held out: the parameters that did best on them stay.
 
     Args:
         model: The compressed model, in place.
@@ -89,7 +89,7 @@ def refine_blocks(  # noqa: PLR0913
             visited.add(straight.path)
             put(model, dense)
             with torch.no_grad():
-                targets = [_output(call) for call in straight.calls]
+                targets = [_output(call).cpu() for call in straight.calls]
             straight.run()
             put(model, compressed)
             block = base.get_submodule(straight.path)
@@ -265,7 +265,8 @@ def _distance(step: BlockStep, targets: Sequence[Tensor]) -> Callable[[int], Ten
     power = sum(float(target.float().square().mean()) for target in sample) / len(sample) or 1.0
 
     def error_on(index: int) -> Tensor:
-        error = _output(step.calls[index], torch.float32) - targets[index].float()
+        output = _output(step.calls[index], torch.float32)
+        error = output - targets[index].to(output)
         return error.square().mean() / power
 
     return error_on
