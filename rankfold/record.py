@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 
@@ -39,6 +40,18 @@ class Record:
     def from_json(cls, line: str) -> Record:
         """The inverse of `to_json`."""
         return cls(**json.loads(line))
+
+
+def whole_lines(file: Path) -> list[str]:
+    """The lines of a file that work appends to; one that a kill left unfinished is removed from it."""
+    if not file.exists():
+        return []
+    data = file.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with file.open("r+b") as opened:
+            opened.truncate(len(whole))
+    return whole.decode(errors="replace").splitlines()
 
 
 def value_of(records: Iterable[Record], subject: str, name: str) -> float | int | None:

@@ -16,7 +16,7 @@ from rankfold.factorization import METHODS
 from rankfold.modules import linear_at
 from rankfold.plan import Option, Plan, stored_parameters
 from rankfold.quality import Quality, next_token_quality, paired_difference
-from rankfold.record import Record
+from rankfold.record import Record, whole_lines
 from rankfold.sites import Site, Sites
 
 SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
@@ -173,15 +173,8 @@ def _record(trial: Trial, quality: Quality, dense: Quality, total: int, context:
 
 def _read(file: Path, study: str) -> dict[tuple[str, float], Record]:
     """The records of a file by group and share; a line that a kill left unfinished is removed from it."""
-    if not file.exists():
-        return {}
-    data = file.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with file.open("r+b") as opened:
-            opened.truncate(len(whole))
     try:
-        records = [Record.from_json(line) for line in whole.decode().splitlines()]
+        records = [Record.from_json(line) for line in whole_lines(file)]
         foreign = [record for record in records if record.context["study"] != study]
         if not foreign:
             return {(record.context["group"], record.context["share"]): record for record in records}

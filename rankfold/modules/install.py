@@ -46,7 +46,6 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
             f"This code reads plans up to version {READS_PLAN_VERSION}, but the checkpoint's is of version "
             f"{plan['plan_version']}. Install a newer rankfold: pip install --upgrade rankfold"
         )
-    prefix = getattr(model, "base_model_prefix", "")
     for option in plan["options"]:
         if option.get("form", "dense") == "dense":
             continue
@@ -54,11 +53,9 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
         if option["form"] == "pivoted" and None in masks:
             raise ValueError(f"{option['sites'][0]}: a pivoted site needs its `pivots` in the plan, but has none.")
         for site, mask in zip(option["sites"], masks, strict=True):
-            path = resolve(model, site)
-            if path is None and not site.startswith(f"{prefix}."):
-                continue
+            path = _place(model, site)
             if path is None:
-                raise ValueError(f"{site}: the plan names this module, but {type(model).__name__} has no such module.")
+                continue
             dense = linear_at(model, path)
             out_features, in_features = linear_shape(dense)
             like = dense.weight
@@ -77,18 +74,23 @@ def install_quantized(model: nn.Module, quantization: Mapping[str, Any]) -> None
     Raises:
         ValueError: If the model lacks one of the layers.
     """
-    prefix = getattr(model, "base_model_prefix", "")
     for name, kept in quantization["modules"].items():
-        path = resolve(model, name)
-        if path is None and not name.startswith(f"{prefix}."):
-            continue
+        path = _place(model, name)
         if path is None:
-            raise ValueError(f"{name}: the checkpoint quantizes this layer, but {type(model).__name__} has none there.")
+            continue
         dense = linear_at(model, path)
         out_features, in_features = linear_shape(dense)
         like, bias = dense.weight, dense.bias is not None
         empty = SpQRLinear(in_features, out_features, kept, bias, quantization["grid"], like.device, like.dtype)
         model.set_submodule(path, empty)
+
+
+def _place(model: nn.Module, name: str) -> str | None:
+    """The path of a planned layer; `None` for one of a head that this model class does not have."""
+    path = resolve(model, name)
+    if path is None and name.startswith(f"{getattr(model, 'base_model_prefix', '')}."):
+        raise ValueError(f"{name}: the plan names this module, but {type(model).__name__} has no such module.")
+    return path
 
 
 def resolve(model: nn.Module, site: str) -> str | None:

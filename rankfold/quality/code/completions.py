@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from rankfold.quality.code.tasks import Task
 from rankfold.quality.generation import Sampling, complete, prompt_ids, prompt_room
+from rankfold.record import whole_lines
 
 Key = tuple[str, int]
 """A task's name and the number of the sample."""
@@ -81,15 +82,8 @@ def read_completions(file: Path) -> dict[Key, str]:
     Raises:
         ValueError: If a whole line is no completion.
     """
-    if not file.exists():
-        return {}
-    data = file.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with file.open("r+b") as opened:
-            opened.truncate(len(whole))
     found: dict[Key, str] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole_lines(file), 1):
         try:
             row = json.loads(line)
             found.setdefault((row["task_id"], row["sample"]), row["completion"])
