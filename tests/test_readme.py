@@ -65,6 +65,12 @@ def test_the_numbers_are_those_of_the_results() -> None:
     assert with_numbers(readme) == readme
 
 
+def test_the_page_on_lord_is_that_of_the_results() -> None:
+    from lord_page import page
+
+    assert (ROOT / "docs" / "lord.md").read_text() == page()
+
+
 def test_results_name_no_path_of_one_machine() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
         assert not re.search(r'"/[a-z]', path.read_text()), path.name
