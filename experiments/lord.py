@@ -121,10 +121,6 @@ class Results:
         shown = ", ".join(f"{r.name} {r.value:.4g}" for r in made if r.value is not None)
         print(f"{subject} | {row}: {shown}", flush=True)
 
-    def value(self, subject: str, row: str, name: str) -> Record | None:
-        """One number of a row."""
-        return next((r for r in self.records if (r.subject, r.context["row"], r.name) == (subject, row, name)), None)
-
 
 def quiet() -> None:
     """One thread, and no chatter of libraries."""

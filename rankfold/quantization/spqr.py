@@ -86,7 +86,10 @@ def spqr(
         ValueError: If a weight or a moment is not finite.
     """
     if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(second).all()):
-        raise ValueError("Weights and moments must be finite to be quantized, but some are NaN or infinite.")
+        raise ValueError(
+            "Weights and moments must be finite to be quantized, but some are NaN or infinite: the checkpoint is damaged, "
+            "or its activations overflow. Take another, or load a float16 model with --dtype bfloat16."
+        )
     W = weight.float().clone()
     out_features, in_features = W.shape
     factor = _inverse_factor(second, damping).float()
