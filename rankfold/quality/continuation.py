@@ -119,8 +119,8 @@ def choose(
         losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -items.scored :], reduction="none").sum(1)
         if not bool(torch.isfinite(losses).all()):
             raise ValueError(
-                "The likelihood of a continuation must be a number, but the model gives NaN or infinity. Load a float16 "
-                "model with --dtype bfloat16; if it stays, the weights are damaged."
+                "The likelihood of a continuation must be a number, but the model gives NaN or infinity. Load a "
+                "float16 model with --dtype bfloat16; if it stays, the weights are damaged."
             )
         table = losses.reshape(batch.shape[:2])
         # A tie with a wrong choice is no answer.

@@ -87,8 +87,8 @@ def spqr(
     """
     if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(second).all()):
         raise ValueError(
-            "Weights and moments must be finite to be quantized, but some are NaN or infinite: the checkpoint is damaged, "
-            "or its activations overflow. Take another, or load a float16 model with --dtype bfloat16."
+            "Weights and moments must be finite to be quantized, but some are NaN or infinite: the checkpoint is "
+            "damaged, or its activations overflow. Take another, or load a float16 model with --dtype bfloat16."
         )
     W = weight.float().clone()
     out_features, in_features = W.shape
