@@ -1,6 +1,6 @@
 """Quality per byte: every method on the same calibration tokens and the same evaluation text, with its error bar.
 
-    pip install -e '.[benchmarks]'
+    pip install -e '.[peers]'
     python benchmarks/quality.py --assets ASSETS                 # stories260K, MiniLM + SST-2 and the bundled models
     python benchmarks/quality.py --part bundled                  # only what needs no ASSETS
 

@@ -20,8 +20,8 @@ from rankfold.quality import Quality, next_token_quality
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MODELS = ("pycode-starcoder", "pycode-llama")
-DOWN = {"pycode-starcoder": "mlp.c_proj", "pycode-llama": "mlp.down_proj"}
+MODELS = ("pycode-starcoder", "pycode-llama", "pycode-codegen")
+DOWN = {"pycode-starcoder": "mlp.c_proj", "pycode-llama": "mlp.down_proj", "pycode-codegen": "mlp.fc_out"}
 """The down-projection of each model."""
 
 

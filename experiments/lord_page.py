@@ -195,6 +195,69 @@ def qlora() -> Iterator[str]:
     yield from table(["pycode-starcoder", "parameters", "held-out loss before", "after 200 steps"], loss)
 
 
+def steps() -> Iterator[str]:
+    """One compressor after the other."""
+    records = read("lord_steps")
+    if not records:
+        return
+    yield "## Other compressors on top"
+    yield ""
+    yield "`python experiments/lord_steps.py`: each row is the one before and one step more; 200 steps of distillation. Bytes are those of the blocks' matrices. Speeds"
+    yield "are times as fast as the dense model, taking turns on one thread. PyTorch has 2:4 kernels for CUDA only, so zeros are multiplied here, and models of a"
+    yield "million parameters are bound by the overhead of calls, not by what a step saves."
+    yield ""
+    for model in subjects(records):
+        found = list(by_row(records, model))
+        dense = found[0][1]
+        rows = []
+        for name, v in found:
+            speeds = [
+                f"{float(v[key].value or 0) / float(dense[key].value or 1):.2f}"
+                for key in ("prefill_1", "decode_1", "prefill_16", "decode_16")
+            ]
+            rows.append([name, with_error(v["rise"]), f"{v['bits'].value:.2f}", f"{v['bytes'].value:,.0f}", *speeds])
+        header = ["rise, nat/token", "bits a weight", "bytes", "prefill, batch 1", "decode, batch 1"]
+        yield from table([model, *header, "prefill, batch 16", "decode, batch 16"], rows)
+
+
+def speed() -> Iterator[str]:
+    """Speed against parameters."""
+    records = read("lord_speed")
+    if not records:
+        return
+    yield "## Speed against parameters"
+    yield ""
+    yield "`python experiments/lord_speed.py`: down-projections at the shares of the full rank of the released StarCoders, dense and compressed taking turns on one"
+    yield "thread, float32. Speeds are times as fast as the dense model; at most: what bytes (decoding) and multiplications (prefill) allow. The paper's best is"
+    yield "22.35 % on an A100."
+    yield ""
+    for model in subjects(records):
+        found = list(by_row(records, model))
+        dense = found[0][1]
+        rows = []
+        for name, v in found:
+            speeds = [
+                f"{float(v[key].value or 0) / float(dense[key].value or 1):.2f}"
+                for key in ("decode_1", "decode_8", "prefill_1", "prefill_8")
+            ]
+            limits = [f"{v['decode_limit'].value:.2f}", f"{v['prefill_limit'].value:.2f}"]
+            share = float(v["parameters"].value or 0) / float(dense["parameters"].value or 1)
+            contended = "yes" if v["parameters"].context["contended"] else "no"
+            rows.append([name, f"{share:.1%}", *speeds[:2], limits[0], *speeds[2:], limits[1], contended])
+        header = [
+            model,
+            "parameters",
+            "decode, batch 1",
+            "decode, batch 8",
+            "at most",
+            "prefill, batch 1",
+            "prefill, batch 8",
+            "at most",
+            "machine contended",
+        ]
+        yield from table(header, rows)
+
+
 def page() -> str:
     """The whole page."""
     lines = [
@@ -204,7 +267,7 @@ def page() -> str:
         "Calibration: 128 x 256 tokens of the bundled sample; loss: held-out Python, ± the standard error over windows; seed 0, two shared x86-64 cores.",
         "",
     ]
-    for part in (sizes, sensitivity, choices, quantization, code_quality, qlora):
+    for part in (sizes, sensitivity, choices, quantization, steps, code_quality, qlora, speed):
         lines += part()
     return "\n".join(lines).rstrip() + "\n"
 

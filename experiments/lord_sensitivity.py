@@ -21,7 +21,7 @@ from lord import MODELS, RESULTS, ROOT, Results, Subject, quiet
 from rankfold import Plan, allocate, calibrate, compress, find_sites
 from rankfold.calibration import summed_loss
 from rankfold.compress import predicted_losses
-from rankfold.quality import Quality, paired_difference
+from rankfold.quality import Quality, next_token_score, paired_difference
 from rankfold.record import Record
 from rankfold.report.figures import draw_points
 from rankfold.sensitivity import measured_losses, run_trials, sensitivity_trials
@@ -34,7 +34,8 @@ def study(subject: Subject, sites: Sites, by: str) -> list[Record]:
     """One study, and its figure."""
     context = {**subject.context, "study": f"{subject.name}, by {by}", "model": subject.name, "method": "lord"}
     records = run_trials(
-        subject.dense, sites, sensitivity_trials(sites, by=by), subject.batches, subject.held_out,
+        subject.dense, sites, sensitivity_trials(sites, by=by), subject.batches,
+        next_token_score(subject.held_out, batch_size=32),
         file=RESULTS / f"lord_sensitivity-{subject.name}-{by}.jsonl", context=context,
         stage=lambda title, total: lambda: None,
     )  # fmt: skip

@@ -5,13 +5,30 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from rankfold.calibration import Corpus, special_tokens, split_windows, token_stream
+from rankfold.calibration import (
+    Corpus,
+    load_corpus,
+    make_batches,
+    masked_batches,
+    max_length,
+    special_tokens,
+    split_windows,
+    token_stream,
+)
 from rankfold.cost import disk_bytes, hardware, interleaved_latency, memory_bytes, parameter_count, reading
-from rankfold.quality import classification_accuracy, load_labelled, next_token_quality
+from rankfold.quality import (
+    Scorer,
+    classification_accuracy,
+    load_labelled,
+    masked_score,
+    mistake_score,
+    next_token_quality,
+    next_token_score,
+)
 from rankfold.record import Record, value_of, versions
 
 
@@ -24,6 +41,52 @@ def evaluation_windows(tokenizer: Any, corpus: Corpus, length: int, limit: int |
     begin, end = special_tokens(tokenizer)
     enough = None if limit is None else (limit + 1) * length
     return split_windows(token_stream(tokenizer, corpus.texts, enough), length, begin, end)[:limit]
+
+
+def default_length(config: Any) -> int:
+    """Tokens of a window: 512, or fewer where the model reads fewer."""
+    return min(512, max_length(config) or 512)
+
+
+class Scored(NamedTuple):
+    """What a score is measured on."""
+
+    name: str
+    fingerprint: Any
+    """What tells these items from others."""
+    mask_token: int | None = None
+    """For a masked language model, the token whose place is asked for."""
+
+
+def scorer_for(
+    model: Any,
+    tokenizer: Any,
+    *,
+    text: str,
+    labels: str | Path | None = None,
+    length: int,
+    windows: int,
+) -> tuple[Scorer, Scored]:
+    """What one model is scored by: mistakes on labelled rows, masked tokens, or next tokens, as it predicts them.
+
+    Raises:
+        ValueError: If a classifier has no labelled rows, or the model predicts nothing that can be scored.
+    """
+    kind = type(model).__name__
+    if labels is not None:
+        labelled = load_labelled(labels)
+        return mistake_score(tokenizer, labelled), Scored(Path(labels).name, [*labelled])
+    corpus = load_corpus(text)
+    if "MaskedLM" in kind and tokenizer.mask_token_id is not None:
+        tokens = evaluation_windows(tokenizer, corpus, length, windows)
+        batches = masked_batches(make_batches(model, tokens, 8), tokenizer.mask_token_id, tokenizer.all_special_ids)
+        return masked_score(batches), Scored(corpus.name, tokens, tokenizer.mask_token_id)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"A {kind} has no next-token or masked-token loss. For a classifier give labelled rows (--labels)."
+        )
+    tokens = evaluation_windows(tokenizer, corpus, length, windows)
+    return next_token_score(tokens), Scored(corpus.name, tokens)
 
 
 def circumstances(**details: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rankfold.calibration import Corpus, calibration_windows, make_batches, mask
 from rankfold.compress import compress, compress_blocks, compress_in_rounds, restore
 from rankfold.factorization import METHODS
 from rankfold.modules import linear_at, use_eager_experts
-from rankfold.plan import Plan
+from rankfold.plan import DENSE, Option, Plan
 from rankfold.quality import next_token_quality
 from rankfold.recovery import predicts, refine_blocks, refine_predictions
 from rankfold.sites import Site, block_paths
@@ -72,15 +72,31 @@ class Budget:
     max_loss_increase: float | None = None
     """Rise of the loss on held-out text, in nats per token."""
     rank: int | None = None
+    plan: Plan | None = None
+    """A plan whose forms and ranks are carried out as they are."""
 
     @classmethod
-    def of(cls, *, keep: float | None, bytes_: str | None, max_loss_increase: float | None, rank: int | None) -> Budget:
+    def of(
+        cls,
+        *,
+        keep: float | None = None,
+        bytes_: str | None = None,
+        max_loss_increase: float | None = None,
+        rank: int | None = None,
+        plan: Plan | None = None,
+    ) -> Budget:
         """A budget from the options of the command line.
 
         Raises:
             ValueError: If more than one is given, or one is out of range.
         """
-        given = {"--keep": keep, "--bytes": bytes_, "--max-loss-increase": max_loss_increase, "--rank": rank}
+        given = {
+            "--keep": keep,
+            "--bytes": bytes_,
+            "--max-loss-increase": max_loss_increase,
+            "--rank": rank,
+            "--plan": plan,
+        }
         named = [name for name, value in given.items() if value is not None]
         if len(named) > 1:
             raise ValueError(f"A budget is one of {', '.join(given)}, but got {' and '.join(named)}. Choose one.")
@@ -89,7 +105,7 @@ class Budget:
         if keep is not None and not 0 < keep <= 1:
             raise ValueError(f"--keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
         stored = None if bytes_ is None else parse_bytes(bytes_)
-        return cls(keep if named else 0.8, stored, max_loss_increase, rank)
+        return cls(keep if named else 0.8, stored, max_loss_increase, rank, plan)
 
     def keep_of(self, model: Any, sites: Sequence[Site]) -> float | None:
         """The fraction of the sites' bytes (or parameters) that this budget leaves; `None` where it must be searched.
@@ -97,6 +113,8 @@ class Budget:
         Raises:
             ValueError: If what is not factorized alone needs more.
         """
+        if self.plan is not None:
+            return min(1.0, self.plan.parameters / sum(site.parameters for site in sites))
         if self.bytes is None:
             return self.keep
         dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
@@ -147,7 +165,9 @@ class Settings:
             ValueError: If the budget is out of reach, or a limit on the loss is asked for and the model has no
                 next-token loss.
         """
-        if budget.max_loss_increase is None:
+        if budget.plan is not None:
+            _check_plan(budget.plan, sites)
+        elif budget.max_loss_increase is None:
             even = {site.name: [1.0] * min(site.out_features, site.in_features) + [0.0] for site in sites}
             choice: dict[str, Any] = {"keep": budget.keep_of(model, sites), "rank": budget.rank}
             choice |= {
@@ -241,16 +261,7 @@ def compress_within(
         teacher = _teacher(model, dense.values())
 
     def attempt(keep: float | None, title: str) -> Plan:
-        choice: dict[str, Any] = {"keep": keep, "rank": budget.rank}
-        choice |= {
-            "method": settings.method,
-            "allocation": settings.ranks_by(budget),
-            "multiple": settings.multiple,
-            "form": settings.form,
-        }
-        choice |= {"seed": settings.seed}
-        if choice["allocation"] == "knapsack":
-            choice["price"] = "bytes" if budget.bytes is not None else "parameters"
+        choice = _choice(budget, settings, keep)
         return _attempt(model, sites, choice, settings, text, batches, lambda name, steps: stage(title + name, steps))
 
     if budget.max_loss_increase is None:
@@ -307,16 +318,67 @@ def _attempt(
             sites,
             batches,
             loss=summed_loss(model, labels, settings.seed),
-            allocate=lambda losses: replace(allocate(sites, **choice, losses=losses), calibration=facts),
+            allocate=lambda losses: replace(_allocated(sites, choice, losses), calibration=facts),
             rounds=ROUNDS,
             drift=DRIFT,
             on_batch=advance,
         )
-    plan = replace(allocate(sites, **choice), calibration=facts)
+    plan = replace(_allocated(sites, choice, None), calibration=facts)
     if method.needs_data:
         advance = stage("blocks x batches", (blocks + 1) * len(batches))
         return compress_blocks(model, plan, sites, batches, on_batch=advance)
     return compress(model, plan, on_site=stage("sites", len(sites)))
+
+
+def _choice(budget: Budget, settings: Settings, keep: float | None) -> dict[str, Any]:
+    """What is handed to `allocate`, or the plan that takes its place."""
+    if budget.plan is not None:
+        return {"plan": budget.plan}
+    choice: dict[str, Any] = {
+        "keep": keep,
+        "rank": budget.rank,
+        "method": settings.method,
+        "allocation": settings.ranks_by(budget),
+        "multiple": settings.multiple,
+        "form": settings.form,
+        "seed": settings.seed,
+    }
+    if choice["allocation"] == "knapsack":
+        choice["price"] = "bytes" if budget.bytes is not None else "parameters"
+    return choice
+
+
+def _allocated(sites: Sequence[Site], choice: Mapping[str, Any], losses: Mapping[str, Sequence[float]] | None) -> Plan:
+    """The plan for a budget; a given plan with what is predicted of it now."""
+    if "plan" not in choice:
+        return allocate(sites, **choice, losses=losses)
+    plan: Plan = choice["plan"]
+    known = losses or {}
+
+    def predicted(option: Option) -> float | None:
+        if option.form == DENSE or not all(name in known for name in option.sites):
+            return None
+        return sum(known[name][option.ranks[0]] for name in option.sites)
+
+    return replace(plan, options=tuple(replace(option, loss=predicted(option), pivots=()) for option in plan.options))
+
+
+def _check_plan(plan: Plan, sites: Sequence[Site]) -> None:
+    """Whether the sites have room for the ranks of a plan, and one method fills it."""
+    limits = {site.name: min(site.out_features, site.in_features) for site in sites}
+    methods = {option.method for option in plan.factorized}
+    if len(methods) != 1 or not methods <= set(METHODS):
+        raise ValueError(
+            f"A plan must be filled by one method of {', '.join(METHODS)}, but this one names "
+            f"{', '.join(sorted(methods)) or 'none'}. Carry it out in Python, with rankfold.compress(model, plan, ...)."
+        )
+    for option in plan.factorized:
+        for name in option.sites:
+            if not 1 <= min(option.ranks) <= max(option.ranks) <= limits.get(name, 0):
+                raise ValueError(
+                    f"{name}: the plan asks for the ranks {option.ranks}, but this matrix of the model has at most "
+                    f"{limits.get(name, 0)}. It was made for another model."
+                )
 
 
 def _search(

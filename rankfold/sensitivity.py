@@ -1,4 +1,4 @@
-"""Sensitivity: one kind of site, or one block, at a time is factorized to one rank after the other and measured."""
+"""Studies: some sites at a time, a kind, a block or blocks apart, are factorized to one rank after the other."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from torch import Tensor
 from rankfold.calibration import calibrate, summed_loss
 from rankfold.compress import compress, restore
 from rankfold.factorization import METHODS
-from rankfold.modules import linear_at
+from rankfold.modules import linear_at, with_layers
 from rankfold.plan import Option, Plan, stored_parameters
-from rankfold.quality import Quality, next_token_quality, paired_difference
+from rankfold.quality import Score, Scorer, paired_difference
 from rankfold.record import Record, whole_lines
 from rankfold.sites import Site, Sites
+
+Cost = Callable[[Any, Any], Mapping[str, Any]]
+"""What a compressed model costs beside the dense one, from both."""
 
 SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 """Shares of the full rank that are tried."""
@@ -26,7 +29,55 @@ GROUPS: dict[str, Callable[[Site], str]] = {
     "kind": lambda site: site.kind,
     "block": lambda site: site.block or "outside of the blocks",
 }
-"""What is factorized together."""
+"""What is factorized together, one after the other."""
+
+BLOCKS_APART = 3
+"""Blocks that are factorized together when their distance is studied."""
+
+
+def _grouped(key: Callable[[Site], str]) -> Callable[[Sequence[Site]], dict[str, list[Site]]]:
+    def groups(sites: Sequence[Site]) -> dict[str, list[Site]]:
+        found: dict[str, list[Site]] = {}
+        for site in sites:
+            found.setdefault(key(site), []).append(site)
+        return found
+
+    return groups
+
+
+def _in_blocks(sites: Sequence[Site], chosen: Sequence[int]) -> list[Site]:
+    blocks = list(dict.fromkeys(site.block for site in sites if site.block))
+    names = {blocks[position] for position in chosen}
+    return [site for site in sites if site.block in names]
+
+
+def _apart(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """Some blocks at every distance, in every place where they fit, so that where they lie can be told from how far."""
+    count = len({site.block for site in sites if site.block})
+    found = {}
+    for distance in range(1, (count - 1) // (BLOCKS_APART - 1) + 1):
+        for start in range(count - distance * (BLOCKS_APART - 1)):
+            chosen = [start + distance * step for step in range(BLOCKS_APART)]
+            found[f"{distance} apart: blocks {', '.join(map(str, chosen))}"] = _in_blocks(sites, chosen)
+    return found
+
+
+def _counted(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """One block, two, and so on to all of them, spread over the depth as evenly as whole numbers allow."""
+    count = len({site.block for site in sites if site.block})
+    return {
+        f"{chosen} of {count} blocks": _in_blocks(sites, [(2 * n + 1) * count // (2 * chosen) for n in range(chosen)])
+        for chosen in range(1, count + 1)
+    }
+
+
+STUDIES: dict[str, Callable[[Sequence[Site]], dict[str, list[Site]]]] = {
+    **{name: _grouped(key) for name, key in GROUPS.items()},
+    "ranks": lambda sites: {"all sites": list(sites)},
+    "distance": _apart,
+    "count": _counted,
+}
+"""The values of `rankfold sensitivity --by`: by name the groups of sites, each factorized alone."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +97,23 @@ class Trial:
 
 
 def sensitivity_trials(
-    sites: Sequence[Site], *, method: str = "lord", by: str = "kind", shares: Sequence[float] = SHARES
+    sites: Sequence[Site], *, method: str = "lord", by: str = "kind", shares: Sequence[float | int] = SHARES
 ) -> list[Trial]:
     """Every group at every share of the full rank, those past the break-even rank too.
 
     Raises:
-        ValueError: If the method or grouping is unknown, or a share is not in (0, 1].
+        ValueError: If the method or grouping is unknown, a share is out of range, or there are too few blocks.
     """
-    if method not in METHODS or by not in GROUPS:
+    if method not in METHODS or by not in STUDIES:
         raise ValueError(
-            f"A study needs a method of {', '.join(METHODS)} and groups by {' or '.join(GROUPS)}, but got {method!r} "
+            f"A study needs a method of {', '.join(METHODS)} and groups by {' or '.join(STUDIES)}, but got {method!r} "
             f"and {by!r}."
         )
-    if not all(0 < share <= 1 for share in shares):
-        raise ValueError(f"Shares of the full rank lie in (0, 1], but got {list(shares)}.")
-    groups: dict[str, list[Site]] = {}
-    for site in sites:
-        groups.setdefault(GROUPS[by](site), []).append(site)
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"Shares of the full rank lie in [0, 1], 0 being rank 1, but got {list(shares)}.")
+    groups = STUDIES[by](sites)
+    if not groups:
+        raise ValueError(f"The model has too few blocks to study {by}: choose another --by.")
     return [
         Trial(name, share, tuple(_option(site, share, method) for site in group), sum(s.parameters for s in group))
         for name, group in groups.items()
@@ -70,7 +121,7 @@ def sensitivity_trials(
     ]
 
 
-def _option(site: Site, share: float, method: str) -> Option:
+def _option(site: Site, share: float | int, method: str) -> Option:
     chosen = METHODS[method]
     rank = max(1, round(share * min(site.out_features, site.in_features)))
     ranks = (rank, rank) if chosen.form == "tucker" else (rank,)
@@ -92,23 +143,25 @@ def run_trials(  # noqa: PLR0913
     sites: Sites,
     trials: Sequence[Trial],
     batches: Sequence[Mapping[str, Tensor]],
-    held_out: Tensor,
+    score: Scorer,
     *,
     file: Path,
     context: Mapping[str, Any],
     stage: Callable[[str, int], Callable[[], None]],
+    cost: Cost | None = None,
 ) -> list[Record]:
-    """The rise of the loss in every trial, written to `file` as it is found; what stands there is not measured again.
+    """The rise of the score in every trial, written to `file` as it is found; what stands there is not measured again.
 
     Args:
-        model: A causal language model, which is left as it was.
+        model: A model, which is left as it was.
         sites: Its sites.
         trials: From `sensitivity_trials`.
         batches: Calibration batches, measured once for all trials.
-        held_out: Windows on which the loss is measured.
+        score: What is scored, for example the next-token loss of held-out windows.
         file: Records of this study, one a line; `context` must be the same in all of them.
         context: What the study depends on, with a `study` that tells it from others.
         stage: Opens a stage of work, for progress bars.
+        cost: Measures what the model of a trial costs beside the dense one, for the record's context.
 
     Raises:
         ValueError: If the file holds records of another study, or a value is not finite.
@@ -121,15 +174,16 @@ def run_trials(  # noqa: PLR0913
     statistics = {}
     if method.needs_data:
         passes = len({site.block for site in sites}) + 1
-        loss = summed_loss(model, "text", 0) if method.needs_gradients else None
+        labels = "text" if model.can_generate() or "labels" in batches[0] else "sampled"
+        loss = summed_loss(model, labels, 0) if method.needs_gradients else None
         advance = stage("measuring inputs", passes * len(batches) * (2 if loss else 1))
         statistics = calibrate(model, sites, batches, advance, loss)
     advance = stage("trials", len(missing))
     total = sum(parameter.numel() for parameter in model.parameters())
-    dense = next_token_quality(model, held_out)
+    dense = score(model)
     for trial in missing:
-        quality = _measured(model, trial, statistics, held_out)
-        record = _record(trial, quality, dense, total, context)
+        found, price = _measured(model, trial, statistics, score, cost)
+        record = _record(trial, found, dense, total, {**context, **({"cost": price} if price else {})})
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as opened:
             opened.write(record.to_json() + "\n")
@@ -138,34 +192,35 @@ def run_trials(  # noqa: PLR0913
     return [done[trial.group, trial.share] for trial in trials]
 
 
-def _measured(model: Any, trial: Trial, statistics: Mapping[str, Any], held_out: Tensor) -> Quality:
+def _measured(
+    model: Any, trial: Trial, statistics: Mapping[str, Any], score: Scorer, cost: Cost | None
+) -> tuple[Score, Mapping[str, Any] | None]:
     names = [name for option in trial.options for name in option.sites]
     dense = {name: linear_at(model, name) for name in names}
     earlier = getattr(model.config, "rankfold", None)
     try:
         compress(model, Plan(options=trial.options, method=trial.options[0].method), statistics)
-        return next_token_quality(model, held_out)
+        return score(model), None if cost is None else cost(with_layers(model, dense), model)
     finally:
         restore(model, dense, earlier)
 
 
-def _record(trial: Trial, quality: Quality, dense: Quality, total: int, context: Mapping[str, Any]) -> Record:
-    rise = paired_difference(quality.window_losses, dense.window_losses)
-    ranks = sorted({option.ranks[0] for option in trial.options})
+def _record(trial: Trial, found: Score, dense: Score, total: int, context: Mapping[str, Any]) -> Record:
+    rise = paired_difference(found.values, dense.values)
     details = {
         "group": trial.group,
         "share": trial.share,
-        "ranks": ranks,
+        "ranks": sorted({option.ranks[0] for option in trial.options}),
         "removed": trial.removed,
         "removed_of_model": trial.removed / total,
-        "perplexity": quality.perplexity,
-        "dense_perplexity": dense.perplexity,
+        found.name: found.mean,
+        f"dense_{found.name}": dense.mean,
     }
     return Record(
         subject=str(context.get("model", "model")),
-        name="loss_rise",
+        name=f"{found.name}_rise",
         value=rise.value,
-        unit="nat/token",
+        unit=found.unit,
         error=rise.error,
         context={**context, **details},
     )

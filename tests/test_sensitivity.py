@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from torch import Tensor
 from rankfold import allocate, calibrate, compress, find_sites
 from rankfold.calibration import load_corpus, make_batches, random_windows, token_stream
 from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.cost import open_meter, relative_cost
 from rankfold.measure import evaluation_windows
 from rankfold.plan import Plan
-from rankfold.quality import next_token_quality
+from rankfold.quality import next_token_quality, next_token_score
 from rankfold.record import Record
-from rankfold.sensitivity import GROUPS, measured_losses, run_trials, sensitivity_trials
+from rankfold.sensitivity import GROUPS, STUDIES, measured_losses, run_trials, sensitivity_trials
 
 CONTEXT = {"study": "s", "model": "m"}
 
@@ -35,8 +37,8 @@ class Subject:
     def run(self, trials, file: Path, **context) -> list[Record]:
         """The study's records."""
         return run_trials(
-            self.model, self.sites, trials, self.batches, self.held_out, file=file, context={**CONTEXT, **context},
-            stage=lambda title, total: lambda: None,
+            self.model, self.sites, trials, self.batches, next_token_score(self.held_out), file=file,
+            context={**CONTEXT, **context}, stage=lambda title, total: lambda: None,
         )  # fmt: skip
 
 
@@ -88,7 +90,7 @@ def test_records_of_another_study_are_refused(subject: Subject, tmp_path: Path) 
         subject.run(trials, tmp_path / "other.jsonl")
 
 
-@pytest.mark.parametrize(("wrong", "message"), [({"method": "x"}, "'x'"), ({"by": "x"}, "kind or block"), ({"shares": (1.5,)}, "in \\(0, 1\\]")])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(("wrong", "message"), [({"method": "x"}, "'x'"), ({"by": "x"}, "kind or block"), ({"shares": (1.5,)}, "in \\[0, 1\\]")])  # fmt: skip  # noqa: E501
 def test_what_cannot_be_studied_says_why(subject: Subject, wrong: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sensitivity_trials(subject.sites, **wrong)
@@ -124,3 +126,26 @@ def test_groups_cover_every_site(subject: Subject) -> None:
         assert all(key(site) for site in subject.sites)
     trials = sensitivity_trials(subject.sites, by="block", shares=(0.5,))
     assert sum(len(trial.options) for trial in trials) == len(subject.sites)
+
+
+def test_studies_of_distance_and_count_choose_blocks(subject: Subject) -> None:
+    apart = STUDIES["distance"](subject.sites)
+    assert [name.split(":")[0] for name in apart] == ["1 apart", "1 apart"]
+    assert all(len({site.block for site in group}) == 3 for group in apart.values())
+    counted = STUDIES["count"](subject.sites)
+    assert [len({site.block for site in group}) for group in counted.values()] == [1, 2, 3, 4]
+    (trial,) = sensitivity_trials(subject.sites, by="ranks", shares=(0,))
+    assert {option.ranks for option in trial.options} == {(1,)}
+
+
+def test_costs_of_a_trial_stand_beside_it(subject: Subject, tmp_path: Path) -> None:
+    trials = sensitivity_trials(subject.sites, method="svd", by="ranks", shares=(0.25,))
+    (record,) = run_trials(
+        subject.model, subject.sites, trials, subject.batches, next_token_score(subject.held_out),
+        file=tmp_path / "study.jsonl", context=CONTEXT, stage=lambda title, total: lambda: None,
+        cost=partial(relative_cost, meter=open_meter(watts=10), rounds=2),
+    )  # fmt: skip
+    cost = record.context["cost"]
+    assert 0.2 < cost["prefill_ratio"] < 5
+    assert 0.2 < cost["energy_ratio"] < 5
+    assert cost["energy_source"].startswith("estimate: 10 watts assumed")

@@ -10,9 +10,11 @@ import transformers
 import typer
 from rich.markup import escape
 
+from rankfold.cli.benchmark import benchmark, convert_data
 from rankfold.cli.compress import compress
 from rankfold.cli.demo import demo
 from rankfold.cli.evaluate import evaluate
+from rankfold.cli.explore import explore
 from rankfold.cli.export import export
 from rankfold.cli.inspect import inspect
 from rankfold.cli.measure import measure
@@ -31,11 +33,14 @@ app = typer.Typer(
 VERBS: tuple[Callable[..., None], ...] = (
     inspect,
     sensitivity,
+    explore,
     compress,
     recover,
     quantize,
     measure,
     evaluate,
+    benchmark,
+    convert_data,
     export,
     demo,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import replace
@@ -13,10 +14,12 @@ import typer
 from rankfold.allocation import ALLOCATIONS
 from rankfold.calibration import load_corpus
 from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
-from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteNames, default_length, to_dtype
+from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteNames, to_dtype
 from rankfold.cost import fast_multiple, neighbouring_ranks, parameter_count, rank_seconds
 from rankfold.factorization import METHODS
+from rankfold.measure import default_length
 from rankfold.pipeline import Budget, Settings, compress_within, read_text
+from rankfold.plan import Plan
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
 from rankfold.summary import report_plan
@@ -44,6 +47,9 @@ def compress(
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="An explicit rank for all sites.", rich_help_panel="Budget")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan of rankfold explore, its forms and ranks.", rich_help_panel="Budget")
+    ] = None,
     method: Annotated[
         str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.", rich_help_panel="Method")
     ] = "kfac",
@@ -107,7 +113,11 @@ def compress(
     """Factorize a model and save a checkpoint that loads in transformers."""
     start = time.perf_counter()
     check_target(output, overwrite)
-    budget = Budget.of(keep=keep, bytes_=bytes_, max_loss_increase=max_loss_increase, rank=rank)
+    stored = None if plan is None else _read_plan(plan)
+    budget = Budget.of(keep=keep, bytes_=bytes_, max_loss_increase=max_loss_increase, rank=rank, plan=stored)
+    if stored is not None:
+        method = next(iter({option.method for option in stored.factorized}), method)
+        sites = [name for option in stored.options for name in option.sites]
     settings = Settings(method, allocation, form, max(1, multiple), refine, refine_toward, seed)
     loaded = load_model(model, dtype=to_dtype(dtype), device=device)
     tokenizer = load_tokenizer(model) if settings.needs_text(budget) else tokenizer_if_any(model)
@@ -127,10 +137,19 @@ def compress(
             say("This is the bundled sample; text like your own gives a better model: --calibration my_text.jsonl")
     work = output.with_name(f".{output.name}.refine")
     with stages() as stage:
-        plan = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
+        done = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
     save(loaded, tokenizer, output, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
-    report_plan(output, plan, chosen, before, parameter_count(loaded), time.perf_counter() - start)
+    report_plan(output, done, chosen, before, parameter_count(loaded), time.perf_counter() - start)
+
+
+def _read_plan(file: Path) -> Plan:
+    try:
+        return Plan.from_json(file.read_text())
+    except OSError as error:
+        raise ValueError(f"{file}: the plan cannot be read ({error.strerror}).") from error
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: this is no plan ({error}). Take one that rankfold explore wrote.") from error
 
 
 def _fast_here(model: Any, sites: Sites) -> int:

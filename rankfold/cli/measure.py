@@ -17,12 +17,12 @@ from rankfold.cli.options import (
     Model,
     Records,
     check_comparable,
-    default_length,
     is_decoder,
     to_dtype,
 )
 from rankfold.measure import (
     circumstances,
+    default_length,
     evaluation_windows,
     measure_accuracy,
     measure_latency,

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from rankfold.calibration import max_length
-
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 HELD_OUT_TEXTS = ("bundled:english-held-out", "bundled:python-held-out")
@@ -28,11 +26,6 @@ SiteNames = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output folder.")]
-
-
-def default_length(config: Any) -> int:
-    """Tokens of a window: 512, or fewer where the model reads fewer."""
-    return min(512, max_length(config) or 512)
 
 
 def to_dtype(name: str) -> torch.dtype | None:

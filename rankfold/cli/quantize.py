@@ -10,9 +10,9 @@ import typer
 
 from rankfold.calibration import calibration_windows, load_corpus, make_batches
 from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
-from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, default_length, to_dtype
+from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, to_dtype
 from rankfold.cost import disk_bytes, memory_bytes, parameter_count
-from rankfold.measure import circumstances
+from rankfold.measure import circumstances, default_length
 from rankfold.modules import PivotedLinear
 from rankfold.quantization import SCHEMES, Grid, is_linear, quantize_blocks, quantize_by_library
 from rankfold.record import Record

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rankfold.allocation import break_even_rank
-from rankfold.calibration import calibration_windows, load_corpus, make_batches
+from rankfold.calibration import calibration_windows, load_corpus, make_batches, masked_batches
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.cli.options import Device, Dtype, Model, Seed, SiteNames, default_length, is_decoder, to_dtype
+from rankfold.cli.options import Device, Dtype, Model, Seed, SiteNames, to_dtype
+from rankfold.cost import open_meter, relative_cost
 from rankfold.factorization import METHODS
-from rankfold.measure import circumstances, evaluation_windows
+from rankfold.measure import circumstances, default_length, scorer_for
 from rankfold.pipeline import fingerprint
 from rankfold.record import Record
 from rankfold.report.figures import check_figure, draw_points
-from rankfold.sensitivity import GROUPS, SHARES, run_trials, sensitivity_trials
+from rankfold.sensitivity import SHARES, STUDIES, run_trials, sensitivity_trials
 from rankfold.sites import Sites, find_sites
 from rankfold.terminal import print_table, say, stages, write_records
 
@@ -27,10 +29,10 @@ BATCH = 8
 def sensitivity(
     model: Model,
     records: Annotated[Path, typer.Argument(help="File of the study's records; a killed study goes on with it.")],
-    by: Annotated[str, typer.Option(help=f"What is factorized together: {' or '.join(GROUPS)}.")] = "kind",
+    by: Annotated[str, typer.Option(help=f"What is factorized together: {', '.join(STUDIES)}.")] = "kind",
     method: Annotated[str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.")] = "lord",
     share: Annotated[
-        list[float] | None, typer.Option(help="Share of the full rank; repeat it (default: eighths).")
+        list[float] | None, typer.Option(help="Share of the full rank, 0 for rank 1; repeat it (default: eighths).")
     ] = None,
     sites: SiteNames = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the study into this .png or .svg.")] = None,
@@ -39,50 +41,58 @@ def sensitivity(
     ] = "bundled:calibration",
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of the calibration text.")] = 64,
     text: Annotated[str, typer.Option(help="Held-out text on which the loss is measured.")] = "bundled:python-held-out",
+    labels: Annotated[
+        Path | None, typer.Option(help="JSONL with sentence and label: a classifier's mistakes are measured.")
+    ] = None,
     windows: Annotated[int, typer.Option(min=2, help="Windows of it at most.")] = 64,
+    cost: Annotated[bool, typer.Option(help="Time every trial beside the dense model, and count energy.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Factorize one kind of layer, or one block, at a time, to one rank after the other, and measure the loss."""
+    """Factorize one kind of layer, one block, or blocks apart at a time, to one rank after the other, and measure."""
     if plot:
         check_figure(plot)
     if records.is_dir():
         raise ValueError(f"{records}: records go to a file, but this is a folder. Name a file, such as study.jsonl.")
     loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device), load_tokenizer(model)
-    if not is_decoder([loaded]):
-        raise ValueError(f"A study measures the next-token loss, which a {type(loaded).__name__} has not.")
     chosen = find_sites(loaded).select(sites or ())
     trials = sensitivity_trials(chosen, method=method, by=by, shares=share or SHARES)
     length = default_length(loaded.config)
-    corpus, held_out = load_corpus(calibration), load_corpus(text)
+    corpus = load_corpus(calibration)
     found, _, facts = calibration_windows(loaded, tokenizer, corpus, sequences=sequences, length=length, seed=seed)
-    scored = evaluation_windows(tokenizer, held_out, length, windows)
-    study = fingerprint(loaded, found, scored, method, by, [site.name for site in chosen])
+    score, data = scorer_for(loaded, tokenizer, text=text, labels=labels, length=length, windows=windows)
+    batches = make_batches(loaded, found, BATCH)
+    if data.mask_token is not None:
+        batches = masked_batches(batches, data.mask_token, tokenizer.all_special_ids, seed)
+    study = fingerprint(loaded, found, data.fingerprint, method, by, [site.name for site in chosen], cost)
     context = circumstances(
         model=Path(model).name,
         study=study,
-        data=held_out.name,
+        data=data.name,
         method=method,
         by=by,
         calibration=dict(facts),
         seed=seed,
     )
+    meter = open_meter(device)
     with stages() as stage:
         results = run_trials(
-            loaded, chosen, trials, make_batches(loaded, found, BATCH), scored, file=records, context=context,
-            stage=stage,
+            loaded, chosen, trials, batches, score, file=records, context=context, stage=stage,
+            cost=partial(relative_cost, meter=meter) if cost else None,
         )  # fmt: skip
     _print_aspects(chosen)
     _print_study(model, results)
+    if cost and meter.source == "unavailable":
+        say(f"Energy was not counted: {meter.about}.")
     if plot:
         points: dict[str, list[tuple[float, float]]] = {}
         for record in results:
             if record.value is not None and record.value > 0:
                 place = (100 * record.context["removed_of_model"], record.value)
                 points.setdefault(record.context["group"], []).append(place)
-        axes = ("parameters removed, % of the model", "rise of the loss, nat/token")
-        draw_points(points, plot, title=f"{Path(model).name}, {method}: one {by} at a time", axes=axes, lines=True)
+        axes = ("parameters removed, % of the model", f"{results[0].name.replace('_', ' ')}, {results[0].unit}")
+        draw_points(points, plot, title=f"{Path(model).name}, {method}: by {by}", axes=axes, lines=True)
         say(f"Study drawn to {plot}")
     say(f"Records: {records}")
     write_records(results, output=None)
@@ -101,15 +111,19 @@ def _print_aspects(sites: Sites) -> None:
 
 
 def _print_study(model: str, records: list[Record]) -> None:
+    """A row for every trial, with times as fast as dense where they were measured."""
     rows = []
+    name, unit = records[0].name.removesuffix("_rise"), records[0].unit
+    timed = any("cost" in record.context for record in records)
     for record in records:
         facts = record.context
         ranks = sorted({facts["ranks"][0], facts["ranks"][-1]})
         rise = f"{record.value:+.4f} ± {record.error:.4f}"
         removed = facts["removed_of_model"]
         price = f"{record.value / (100 * removed):.4f}" if removed > 0 and record.value is not None else "-"
-        rows.append(
-            [facts["group"], "..".join(map(str, ranks)), f"{facts['perplexity']:.4g}", rise, f"{removed:+.2%}", price]
-        )
-    header = ["factorized", "rank", "perplexity", "rise, nat/token", "removed of model", "nat per % removed"]
-    print_table(model, header, rows)
+        ratios = [facts.get("cost", {}).get(f"{phase}_ratio") for phase in ("prefill", "decode", "energy")]
+        costs = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios] if timed else []
+        value = f"{facts[name]:.4g}"
+        rows.append([facts["group"], "..".join(map(str, ranks)), value, rise, f"{removed:+.2%}", price, *costs])
+    header = ["factorized", "rank", name, f"rise, {unit}", "removed of model", f"{unit} per % removed"]
+    print_table(model, header + (["prefill", "decode", "energy"] if timed else []), rows)

@@ -1,7 +1,14 @@
 """A plan is carried out: sites become factorized modules, once or in rounds, and are corrected for drift."""
 
 from rankfold.compress.drift import correct_drift
-from rankfold.compress.replace import compress, compress_blocks, factorized_module, matrix_of, predicted_losses
+from rankfold.compress.replace import (
+    compress,
+    compress_blocks,
+    factorize_site,
+    factorized_module,
+    matrix_of,
+    predicted_losses,
+)
 from rankfold.compress.rounds import compress_in_rounds, restore
 
 __all__ = [
@@ -9,6 +16,7 @@ __all__ = [
     "compress_blocks",
     "compress_in_rounds",
     "correct_drift",
+    "factorize_site",
     "factorized_module",
     "matrix_of",
     "predicted_losses",

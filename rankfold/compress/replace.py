@@ -165,7 +165,7 @@ def _replace(
         unreached = []
         for name in option.sites:
             try:
-                module = _factorize(model, name, option, option.method or plan.method, statistics.get(name))
+                module = factorize_site(model, name, option, option.method or plan.method, statistics.get(name))
             except ValueError as error:
                 error.args = (f"{name}: {error}",)
                 raise
@@ -179,10 +179,14 @@ def _replace(
 
 
 @torch.no_grad()
-def _factorize(
+def factorize_site(
     model: Any, name: str, option: Option, method: str, moments: SiteMoments | None
 ) -> FactorizedLinear | None:
-    """The module for one site, or nothing where no calibration token reached it."""
+    """The module for one site of a model that stays as it is; nothing where no calibration token reached it.
+
+    Raises:
+        ValueError: If form and method do not go together, statistics are missing, or a weight is not finite.
+    """
     chosen = METHODS[method]
     if option.form != chosen.form and "tucker" in (option.form, chosen.form):
         raise ValueError(

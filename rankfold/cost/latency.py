@@ -64,7 +64,7 @@ def interleaved_latency(
     for number in range(rounds + 1):
         cpu_start, wall_start = time.process_time(), time.perf_counter()
         for name, model in models.items():
-            prefill, decode = _one_round(model, prompt_tokens, decoded_tokens, batch_size)
+            prefill, decode = one_round(model, prompt_tokens, decoded_tokens, batch_size)
             if number:
                 times[name][0].append(prefill)
                 times[name][1].extend([decode] if decode is not None else [])
@@ -79,25 +79,25 @@ def interleaved_latency(
     return {name: Latency(tuple(pair[0]), tuple(pair[1]), held_up or noisy) for name, pair in times.items()}
 
 
-def _one_round(model: Any, prompt_tokens: int, decoded_tokens: int, batch_size: int) -> tuple[float, float | None]:
+def one_round(model: Any, prompt_tokens: int, decoded_tokens: int, batch_size: int) -> tuple[float, float | None]:
     """Seconds of one prefill, and per decoded token where the model keeps a cache."""
     device = next(model.parameters()).device
     ids = torch.arange(batch_size * prompt_tokens, device=device).reshape(batch_size, -1) % 100 + 3
     generates = model.can_generate() and not model.config.is_encoder_decoder
     options = {"use_cache": True} if generates else {}
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
-    start = _now(device)
+    start = now(device)
     output = model(**inputs, **options)
-    prefill = _now(device) - start
+    prefill = now(device) - start
     cache = cache_of(output)
     if not generates or not cache:
         return prefill, None
     positions = "cache_position" in inspect.signature(model.forward).parameters
-    start = _now(device)
+    start = now(device)
     for step in range(decoded_tokens):
         position = {"cache_position": torch.tensor([prompt_tokens + step], device=device)} if positions else {}
         model(input_ids=ids[:, -1:], use_cache=True, **cache, **position)
-    return prefill, (_now(device) - start) / decoded_tokens
+    return prefill, (now(device) - start) / decoded_tokens
 
 
 def cache_of(output: Any) -> dict[str, Any]:
@@ -108,7 +108,8 @@ def cache_of(output: Any) -> dict[str, Any]:
     return {}
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from rankfold.cost.latency import cache_of
 from rankfold.modules import SpQRLinear
 from rankfold.shards import shard_files
 
@@ -28,6 +31,73 @@ def memory_bytes(model: Any) -> int:
     """Bytes of all parameters and buffers, shared ones counted once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@torch.no_grad()
+def cache_bytes(model: Any, tokens: int, batch_size: int = 1) -> int | None:
+    """Bytes that a model keeps of so many tokens to go on from them: keys and values, or a state.
+
+    `None` for a model that keeps nothing.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        return None
+    ids = torch.full((batch_size, tokens), 3, device=next(model.parameters()).device)
+    cache = cache_of(model(input_ids=ids, use_cache=True))
+    found: dict[int, Tensor] = {}
+    _collect(cache, found, set())
+    # Views of one storage are one piece of memory; what shares it with the weights is none of the cache's.
+    own = {part.untyped_storage().data_ptr() for part in model.parameters()}
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in found.values()}
+    return sum(size for place, size in storages.items() if place not in own) or None
+
+
+def _collect(value: Any, found: dict[int, Tensor], seen: set[int]) -> None:
+    """All tensors that hang on something."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        found[id(value)] = value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            _collect(part, found, seen)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _collect(part, found, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+        for part in vars(value).values():
+            _collect(part, found, seen)
+
+
+@torch.no_grad()
+def peak_bytes(model: Any, tokens: int, batch_size: int = 1) -> tuple[int | None, str]:
+    """Most bytes that a prefill holds beyond what was held before it, and how that was found.
+
+    On an accelerator by PyTorch's own count; on Linux by the peak of the resident process, in pages of the system; the
+    allocator may have held some of it before. Elsewhere `None`.
+    """
+    device = next(model.parameters()).device
+    ids = torch.full((batch_size, tokens), 3, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        model(input_ids=ids)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, "device, PyTorch's allocator"
+    marks = Path("/proc/self/clear_refs")
+    try:
+        marks.write_text("5")
+    except OSError as error:
+        return None, f"unavailable: the peak of the process cannot be set back ({error.strerror})"
+    before = _resident("VmRSS")
+    model(input_ids=ids)
+    return _resident("VmHWM") - before, "host, resident pages"
+
+
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
 class Reading(NamedTuple):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn import functional as F
+
+from rankfold.cost.latency import now
 
 MULTIPLES = (1, 8, 16, 32, 64, 128)
 """What ranks may be lowered to a multiple of."""
@@ -55,9 +56,9 @@ def rank_seconds(  # noqa: PLR0913
     times: dict[int, list[float]] = {rank: [] for rank in factors}
     for number in range(rounds + 1):
         for rank, (down, up) in factors.items():
-            start = _now(x.device)
+            start = now(x.device)
             F.linear(F.linear(x, down), up)
-            seconds = _now(x.device) - start
+            seconds = now(x.device) - start
             if number:
                 times[rank].append(seconds)
         on_round()
@@ -76,9 +77,3 @@ def fast_multiple(seconds: Mapping[int, float], ranks: Mapping[int, int]) -> int
     each = {multiple: seconds[rank] / rank for multiple, rank in ranks.items()}
     best = min(each.values())
     return min(multiple for multiple, price in each.items() if price <= WORTH * best)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -10,6 +10,7 @@ from rankfold.modules.install import (
     put,
     resolve,
     use_eager_experts,
+    with_layers,
 )
 from rankfold.modules.linear_stack import LinearStack, restack
 from rankfold.modules.low_rank_linear import LowRankLinear
@@ -38,4 +39,5 @@ __all__ = [
     "statistics",
     "unpack",
     "use_eager_experts",
+    "with_layers",
 ]

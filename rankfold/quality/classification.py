@@ -61,21 +61,21 @@ def load_labelled(path: str | Path) -> Labelled:
 
 
 @torch.no_grad()
-def classification_accuracy(
+def right_answers(
     model: Any,
     tokenizer: Any,
     labelled: Labelled,
     *,
     batch_size: int = 32,
     on_batch: Callable[[], None] = lambda: None,
-) -> Accuracy:
-    """Right answers of a sequence classifier.
+) -> list[bool]:
+    """Whether a sequence classifier gets each row right.
 
     Raises:
         ValueError: If a logit is NaN or infinite.
     """
     device = next(model.parameters()).device
-    right = 0
+    right: list[bool] = []
     for start in range(0, len(labelled.texts), batch_size):
         texts: Sequence[str] = labelled.texts[start : start + batch_size]
         encoded = tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(device)
@@ -83,6 +83,12 @@ def classification_accuracy(
         if not bool(torch.isfinite(logits).all()):
             raise ValueError(f"Logits must be finite, but the rows from {start} on give NaN or infinity.")
         labels = torch.tensor(labelled.labels[start : start + batch_size], device=device)
-        right += int((logits.argmax(-1) == labels).sum())
+        right += (logits.argmax(-1) == labels).tolist()
         on_batch()
-    return Accuracy(right, len(labelled.texts))
+    return right
+
+
+def classification_accuracy(model: Any, tokenizer: Any, labelled: Labelled, **settings: Any) -> Accuracy:
+    """Right answers of a sequence classifier; `settings` are those of `right_answers`."""
+    right = right_answers(model, tokenizer, labelled, **settings)
+    return Accuracy(sum(right), len(right))

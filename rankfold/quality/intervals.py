@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 Z = 1.96
@@ -66,3 +67,17 @@ def paired_difference(values: Sequence[float | int], others: Sequence[float | in
     differences = [float(a) - float(b) for a, b in zip(values, others, strict=True)]
     spread = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
     return Difference(statistics.fmean(differences), spread)
+
+
+def mcnemar(values: Sequence[float | int], others: Sequence[float | int]) -> float:
+    """Probability of so uneven a split where two answers differ, if neither model were better (McNemar 1947, exact).
+
+    >>> mcnemar([1, 1, 1, 1, 0], [0, 0, 0, 0, 0])
+    0.125
+    """
+    better = sum(a > b for a, b in zip(values, others, strict=True))
+    worse = sum(a < b for a, b in zip(values, others, strict=True))
+    different = better + worse
+    tail = sum(math.comb(different, k) for k in range(min(better, worse) + 1))
+    # Whole numbers to the end: 2^n is no float for a thousand answers.
+    return float(min(Fraction(1), Fraction(2 * tail, 2**different)))

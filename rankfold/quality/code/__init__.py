@@ -4,7 +4,7 @@ from rankfold.quality.code.completions import Completion, complete_tasks, read_c
 from rankfold.quality.code.next_line import Line, choose_lines, exact_lines
 from rankfold.quality.code.sandbox import Execution, Limits, Protection, Sandbox, describe, strongest_protection
 from rankfold.quality.code.scores import CodeScores, parses, pass_at_k, score_completions
-from rankfold.quality.code.tasks import Task, load_tasks
+from rankfold.quality.code.tasks import Task, humaneval_task, load_tasks
 
 __all__ = [
     "CodeScores",
@@ -19,6 +19,7 @@ __all__ = [
     "complete_tasks",
     "describe",
     "exact_lines",
+    "humaneval_task",
     "load_tasks",
     "parses",
     "pass_at_k",

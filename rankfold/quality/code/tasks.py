@@ -31,7 +31,7 @@ class Task:
         return f"{self.prompt}{completion}\n{self.check}"
 
 
-def _humaneval(row: Mapping[str, Any]) -> Task:
+def humaneval_task(row: Mapping[str, Any]) -> Task:
     """HumanEval (Chen et al. 2021, arXiv:2107.03374): a signature and docstring to go on from."""
     return Task(
         name=row["task_id"],
@@ -56,7 +56,7 @@ def _mbpp(row: Mapping[str, Any]) -> Task:
 
 
 _FIELDS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Any]], Task]], ...] = (
-    (frozenset({"task_id", "prompt", "canonical_solution", "test", "entry_point"}), _humaneval),
+    (frozenset({"task_id", "prompt", "canonical_solution", "test", "entry_point"}), humaneval_task),
     (frozenset({"task_id", "text", "code", "test_list"}), _mbpp),
 )
 """Fields by which the rows of a benchmark are known."""

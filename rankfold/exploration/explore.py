@@ -1,0 +1,197 @@
+"""One worker of a search, from the words of the command line to the finished trials, here or on a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rankfold.calibration import calibrate, calibration_windows, load_corpus, make_batches, masked_batches, summed_loss
+from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.compress import predicted_losses
+from rankfold.exploration.bench import Bench
+from rankfold.exploration.space import DesignSpace, choices
+from rankfold.exploration.study import Done, finished, open_study, search
+from rankfold.factorization import METHODS
+from rankfold.measure import default_length, scorer_for
+from rankfold.pipeline import Stage, fingerprint
+from rankfold.record import versions
+from rankfold.sites import find_sites
+
+BATCH = 8
+"""Windows a batch."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exploration:
+    """Everything that a worker needs to know, as plain data that can be sent to it."""
+
+    model: str
+    study: str
+    """Address of the database."""
+    name: str
+    """Name of the study in it."""
+    objectives: tuple[str, ...] = ("quality", "bytes")
+    trials: int = 200
+    strategy: str = "tpe"
+    methods: tuple[str, ...] = ("kfac",)
+    ranks: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
+    """Ranks; below 1 shares of the full rank."""
+    form: str | None = None
+    sites: tuple[str, ...] = ()
+    tied: bool = False
+    one_choice: bool = False
+    skip_first: int = 0
+    skip_last: int = 0
+    distance: int = 1
+    calibration: str = "bundled:calibration"
+    sequences: int = 64
+    text: str = "bundled:python-held-out"
+    labels: str | None = None
+    windows: int = 64
+    device: str = "cpu"
+    dtype: str | None = None
+    seed: int = 0
+
+
+class Worker(NamedTuple):
+    """A study and the model on which this process works on it."""
+
+    study: Any
+    bench: Bench
+    settings: Exploration
+
+    def run(self, on_trial: Callable[[], None] = lambda: None) -> list[Done]:
+        """Work until the study has its trials, whoever makes them; gives all of them."""
+        settings = self.settings
+        search(
+            self.study, self.bench, settings.trials, strategy=settings.strategy, seed=settings.seed, on_trial=on_trial
+        )
+        return finished(self.study, self.bench)
+
+
+def prepare(settings: Exploration, stage: Stage) -> Worker:
+    """Load the model, measure its inputs and gradients, and open the study.
+
+    Raises:
+        ValueError: If a setting makes no sense, or the study is one of something else.
+    """
+    dtype = None if settings.dtype is None else DTYPES[settings.dtype]
+    model = load_model(settings.model, dtype=dtype, device=settings.device)
+    tokenizer = load_tokenizer(settings.model)
+    space = DesignSpace(
+        sites=tuple(find_sites(model).select(settings.sites)),
+        choices=choices(settings.methods, settings.ranks, settings.form),
+        tied=settings.tied,
+        one_choice=settings.one_choice,
+        skip_first=settings.skip_first,
+        skip_last=settings.skip_last,
+        distance=settings.distance,
+    )
+    length = default_length(model.config)
+    corpus = load_corpus(settings.calibration)
+    found, _, facts = calibration_windows(
+        model, tokenizer, corpus, sequences=settings.sequences, length=length, seed=settings.seed
+    )
+    score, data = scorer_for(
+        model, tokenizer, text=settings.text, labels=settings.labels, length=length, windows=settings.windows
+    )
+    same = {k: v for k, v in asdict(settings).items() if k not in ("study", "name", "trials", "device", "model")}
+    study = open_study(
+        settings.study,
+        settings.name,
+        {
+            "fingerprint": fingerprint(model, found, data.fingerprint, same),
+            "model": Path(settings.model).name,
+            "calibration": dict(facts),
+            "data": data.name,
+            "versions": versions(),
+        },
+        settings.objectives,
+    )
+    batches = make_batches(model, found, BATCH)
+    if data.mask_token is not None:
+        batches = masked_batches(batches, data.mask_token, tokenizer.all_special_ids, settings.seed)
+    labels = "text" if model.can_generate() or data.mask_token is not None else "sampled"
+    passes = len(space.blocks) + 1
+    advance = stage("measuring inputs and gradients", 2 * passes * len(batches))
+    statistics = calibrate(model, space.sites, batches, advance, summed_loss(model, labels, settings.seed))
+    methods = {choice.method for choice in space.choices}
+    advance = stage("predicting losses", len(methods))
+    losses = {}
+    for method in METHODS:
+        if method in methods:
+            losses[method] = predicted_losses(model, space.sites, statistics, method)
+            advance()
+    return Worker(study, Bench(model, space, statistics, losses, score), settings)
+
+
+def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: Stage) -> list[Done]:
+    """Work on a study with several workers of a Ray cluster, and give all of its trials.
+
+    Args:
+        settings: What to do; the model, the texts and the database must be found from every machine.
+        workers: Workers, each with a model of its own and one processor or accelerator.
+        address: Address of a running cluster, `auto` for the one of this machine; without it one is started here.
+        stage: Opens a stage of work, for progress bars.
+
+    Raises:
+        ValueError: If Ray is missing, the cluster cannot hold the workers, or a worker cannot reach the database.
+    """
+    try:
+        import ray as ray_library
+
+        # Ray's annotations do not fit what its documentation does.
+        ray: Any = ray_library
+    except ImportError as error:
+        raise ValueError("Workers on a cluster need Ray: pip install 'rankfold[ray]'") from error
+    # The study is made, and whatever is wrong with the settings said, before anything is started.
+    worker = prepare(settings, stage)
+    if not ray.is_initialized():
+        try:
+            ray.init(
+                address=address, num_cpus=None if address else workers, log_to_driver=False, logging_level=logging.ERROR
+            )
+        except ConnectionError as error:
+            raise ValueError(f"{address}: no Ray cluster answers there. Start one with: ray start --head") from error
+    kind, needs = ("GPU", {"num_gpus": 1}) if settings.device.startswith("cuda") else ("CPU", {"num_cpus": 1})
+    total = ray.cluster_resources().get(kind, 0)
+    if total < workers:
+        raise ValueError(f"The Ray cluster has {total:g} {kind}s, but {workers} workers need one each. Start fewer.")
+    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    if len(machines) > 1 and settings.study.startswith("sqlite"):
+        raise ValueError(
+            f"Workers on {len(machines)} machines cannot share the file of SQLite: give --study a PostgreSQL database."
+        )
+    task = ray.remote(**needs, max_retries=3, scheduling_strategy="SPREAD")(_work)
+    running = [task.remote(settings, number) for number in range(workers)]
+    advance, seen = stage("trials", settings.trials), 0
+    while running:
+        _, running = ray.wait(running, num_returns=len(running), timeout=1.0)
+        done = finished(worker.study, worker.bench)
+        for _ in range(len(done) - seen):
+            advance()
+        seen = len(done)
+    return finished(worker.study, worker.bench)
+
+
+def _work(settings: Exploration, number: int) -> int:
+    """What a worker of the cluster does: the number of trials when it stopped."""
+    torch.set_num_threads(1)
+    own = {**asdict(settings), "seed": settings.seed}
+    made = prepare(Exploration(**own), lambda title, steps: lambda: None)
+    # Workers draw on from different seeds, though they begin with as many trials.
+    made = made._replace(settings=Exploration(**{**own, "seed": settings.seed + 17 * (number + 1)}))
+    return len(made.run())
+
+
+def best_within(done: Sequence[Done], objective: str, limit: float) -> Done | None:
+    """Of the trials within a limit on an objective the one of the best quality."""
+    inside = [trial for trial in done if trial.values[objective] <= limit]
+    return min(inside, key=lambda trial: trial.values["quality"], default=None)
