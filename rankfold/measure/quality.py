@@ -1,0 +1,169 @@
+"""How good models are side by side, on the same text or the same rows, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rankfold.calibration import (
+    Corpus,
+    load_corpus,
+    make_batches,
+    masked_batches,
+    max_length,
+    special_tokens,
+    split_windows,
+    token_stream,
+)
+from rankfold.quality import (
+    Sampling,
+    Scorer,
+    classification_accuracy,
+    complete,
+    distinct_share,
+    load_labelled,
+    masked_score,
+    mistake_score,
+    next_token_quality,
+    next_token_score,
+    paired_difference,
+    repeated_share,
+)
+from rankfold.record import Record
+
+PROMPTS, WRITTEN = 4, 96
+"""Texts that are gone on with, and tokens written after each, to see whether a model repeats itself."""
+
+
+def evaluation_windows(tokenizer: Any, corpus: Corpus, length: int, limit: int | None = None) -> Tensor:
+    """Windows without overlap, each begun by the token with which the tokenizer begins a text.
+
+    Raises:
+        ValueError: If the corpus does not fill one window.
+    """
+    begin, end = special_tokens(tokenizer)
+    enough = None if limit is None else (limit + 1) * length
+    return split_windows(token_stream(tokenizer, corpus.texts, enough), length, begin, end)[:limit]
+
+
+def default_length(config: Any) -> int:
+    """Tokens of a window: 512, or fewer where the model reads fewer."""
+    return min(512, max_length(config) or 512)
+
+
+class Scored(NamedTuple):
+    """What a score is measured on."""
+
+    name: str
+    fingerprint: Any
+    """What tells these items from others."""
+    mask_token: int | None = None
+    """For a masked language model, the token whose place is asked for."""
+
+
+def scorer_for(
+    model: Any,
+    tokenizer: Any,
+    *,
+    text: str,
+    labels: str | Path | None = None,
+    length: int,
+    windows: int,
+) -> tuple[Scorer, Scored]:
+    """What one model is scored by: mistakes on labelled rows, masked tokens, or next tokens, as it predicts them.
+
+    Raises:
+        ValueError: If a classifier has no labelled rows, or the model predicts nothing that can be scored.
+    """
+    kind = type(model).__name__
+    if labels is not None:
+        labelled = load_labelled(labels)
+        return mistake_score(tokenizer, labelled), Scored(Path(labels).name, [*labelled])
+    corpus = load_corpus(text)
+    if "MaskedLM" in kind and tokenizer.mask_token_id is not None:
+        tokens = evaluation_windows(tokenizer, corpus, length, windows)
+        batches = masked_batches(make_batches(model, tokens, 8), tokenizer.mask_token_id, tokenizer.all_special_ids)
+        return masked_score(batches), Scored(corpus.name, tokens, tokenizer.mask_token_id)
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise ValueError(
+            f"A {kind} has no next-token or masked-token loss. For a classifier give labelled rows (--labels)."
+        )
+    tokens = evaluation_windows(tokenizer, corpus, length, windows)
+    return next_token_score(tokens), Scored(corpus.name, tokens)
+
+
+def measure_quality(
+    models: Mapping[str, Any],
+    windows: Tensor,
+    context: Mapping[str, Any],
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[Record]:
+    """Perplexity of every model, and the distance of all others from the first, which is the dense one."""
+    reference, *_ = models
+    records = []
+    for name, model in models.items():
+        dense = models[reference] if name != reference else None
+        quality = next_token_quality(model, windows, dense=dense, on_batch=on_batch)
+        rows: list[tuple[str, float, str, float | None]] = [
+            ("loss", quality.loss, "nat/token", quality.loss_error),
+            ("perplexity", quality.perplexity, "1", quality.perplexity_error),
+        ]
+        if quality.kl is not None:
+            rows += [("kl_to_dense", quality.kl, "nat/token", quality.kl_error)]
+        if quality.agreement is not None:
+            rows += [("top1_agreement", quality.agreement, "1", quality.agreement_error)]
+        details = {**context, "tokens": quality.tokens}
+        records += [Record(subject=name, name=n, value=v, unit=u, error=e, context=details) for n, v, u, e in rows]
+    return records
+
+
+def measure_score(
+    models: Mapping[str, Any], tokenizer: Any, text: str, *, length: int, windows: int, context: Mapping[str, Any]
+) -> list[Record]:
+    """The loss of every model by its own objective, and the paired difference of all others from the first."""
+    reference, *_ = models
+    score, data = scorer_for(models[reference], tokenizer, text=text, length=length, windows=windows)
+    scores = {name: score(model) for name, model in models.items()}
+    records = []
+    for name, found in scores.items():
+        mean = paired_difference(found.values, [0.0] * len(found.values))
+        rise = paired_difference(found.values, scores[reference].values)
+        facts = {**context, "data": data.name, "rise": rise.value, "rise_error": rise.error}
+        records.append(
+            Record(subject=name, name=found.name, value=mean.value, unit=found.unit, error=mean.error, context=facts)
+        )
+    return records
+
+
+def measure_accuracy(
+    models: Mapping[str, Any], tokenizer: Any, path: str | Path, context: Mapping[str, Any]
+) -> list[Record]:
+    """Accuracy of every classifier on the labelled rows of a file."""
+    labelled = load_labelled(path)
+    records = []
+    for name, model in models.items():
+        accuracy = classification_accuracy(model, tokenizer, labelled)
+        details = {**context, "right": accuracy.right, "rows": accuracy.total}
+        records.append(
+            Record(subject=name, name="accuracy", value=accuracy.value, unit="1", error=accuracy.error, context=details)
+        )
+    return records
+
+
+def measure_repetition(
+    models: Mapping[str, Any], tokenizer: Any, texts: Sequence[str], context: Mapping[str, Any]
+) -> list[Record]:
+    """How much models repeat themselves when they go on from the beginnings of held-out texts, greedily."""
+    records = []
+    reads = min(max_length(model.config) or 4096 for model in models.values())
+    length = min(WRITTEN, reads // 2)
+    prompts = [text[: 8 * WRITTEN] for text in texts[:PROMPTS]]
+    for name, model in models.items():
+        written = complete(model, tokenizer, prompts, sampling=Sampling(temperature=0.0, new_tokens=length))
+        for what, value in (("repeated", repeated_share(written)), ("distinct", distinct_share(written))):
+            facts = {**context, "prompts": len(prompts), "tokens": length}
+            records.append(Record(subject=name, name=what, value=value, unit="1", context=facts))
+    return records
