@@ -15,6 +15,9 @@ from rankfold.modules import linear_at
 from rankfold.record import Record
 from rankfold.sites import Site
 
+DRAWN = 48
+"""Singular values that a record holds."""
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -40,6 +43,14 @@ class Inspection:
         total = sum(squares)
         return sum(squares[:rank]) / total if total else None
 
+    def _thinned(self) -> list[float]:
+        """Some of the singular values, evenly, relative to the largest: enough to draw them."""
+        if not self.spectrum or not self.spectrum[0]:
+            return []
+        last = len(self.spectrum) - 1
+        places = sorted({round(step * last / (DRAWN - 1)) for step in range(DRAWN)})
+        return [float(f"{self.spectrum[place] / self.spectrum[0]:.4g}") for place in places]
+
     def record(self) -> Record:
         """The inspection as a record."""
         full = min(self.site.out_features, self.site.in_features)
@@ -53,6 +64,7 @@ class Inspection:
             "parts": [part.name for part in self.site.parts],
             "aspect_ratio": self.aspect,
             "share_of_model": self.share,
+            "spectrum": self._thinned(),
             **energies,
         }
         return Record(subject=self.site.name, name="break_even_rank", value=self.break_even, unit="1", context=context)

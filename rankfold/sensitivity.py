@@ -73,6 +73,7 @@ def _counted(sites: Sequence[Site]) -> dict[str, list[Site]]:
 
 STUDIES: dict[str, Callable[[Sequence[Site]], dict[str, list[Site]]]] = {
     **{name: _grouped(key) for name, key in GROUPS.items()},
+    "site": lambda sites: {site.name: [site] for site in sites},
     "ranks": lambda sites: {"all sites": list(sites)},
     "distance": _apart,
     "count": _counted,
@@ -209,6 +210,7 @@ def _record(trial: Trial, found: Score, dense: Score, total: int, context: Mappi
     rise = paired_difference(found.values, dense.values)
     details = {
         "group": trial.group,
+        "sites": [name for option in trial.options for name in option.sites],
         "share": trial.share,
         "ranks": sorted({option.ranks[0] for option in trial.options}),
         "removed": trial.removed,

@@ -20,6 +20,8 @@ from rankfold.cli.inspect import inspect
 from rankfold.cli.measure import measure
 from rankfold.cli.quantize import quantize
 from rankfold.cli.recover import recover
+from rankfold.cli.report import report
+from rankfold.cli.roofline import roofline
 from rankfold.cli.sensitivity import sensitivity
 from rankfold.terminal import console, say
 
@@ -41,6 +43,8 @@ VERBS: tuple[Callable[..., None], ...] = (
     evaluate,
     benchmark,
     convert_data,
+    roofline,
+    report,
     export,
     demo,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import replace
@@ -14,12 +13,11 @@ import typer
 from rankfold.allocation import ALLOCATIONS
 from rankfold.calibration import load_corpus
 from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
-from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteNames, to_dtype
+from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteNames, read_plan, to_dtype
 from rankfold.cost import fast_multiple, neighbouring_ranks, parameter_count, rank_seconds
 from rankfold.factorization import METHODS
 from rankfold.measure import default_length
 from rankfold.pipeline import Budget, Settings, compress_within, read_text
-from rankfold.plan import Plan
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
 from rankfold.summary import report_plan
@@ -113,7 +111,7 @@ def compress(
     """Factorize a model and save a checkpoint that loads in transformers."""
     start = time.perf_counter()
     check_target(output, overwrite)
-    stored = None if plan is None else _read_plan(plan)
+    stored = None if plan is None else read_plan(plan)
     budget = Budget.of(keep=keep, bytes_=bytes_, max_loss_increase=max_loss_increase, rank=rank, plan=stored)
     if stored is not None:
         method = next(iter({option.method for option in stored.factorized}), method)
@@ -141,15 +139,6 @@ def compress(
     save(loaded, tokenizer, output, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     report_plan(output, done, chosen, before, parameter_count(loaded), time.perf_counter() - start)
-
-
-def _read_plan(file: Path) -> Plan:
-    try:
-        return Plan.from_json(file.read_text())
-    except OSError as error:
-        raise ValueError(f"{file}: the plan cannot be read ({error.strerror}).") from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: this is no plan ({error}). Take one that rankfold explore wrote.") from error
 
 
 def _fast_here(model: Any, sites: Sites) -> int:

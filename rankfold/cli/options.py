@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+
+from rankfold.plan import Plan
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,3 +48,17 @@ def check_comparable(models: Mapping[str, Any]) -> None:
 def is_decoder(models: Iterable[Any]) -> bool:
     """Whether all models are causal language models."""
     return all(model.can_generate() and not model.config.is_encoder_decoder for model in models)
+
+
+def read_plan(file: Path) -> Plan:
+    """The plan in a file.
+
+    Raises:
+        ValueError: If it cannot be read or is no plan.
+    """
+    try:
+        return Plan.from_json(file.read_text())
+    except OSError as error:
+        raise ValueError(f"{file}: the plan cannot be read ({error.strerror}).") from error
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: this is no plan ({error}). Take one that rankfold explore wrote.") from error

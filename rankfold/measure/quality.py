@@ -34,7 +34,7 @@ from rankfold.quality import (
 )
 from rankfold.record import Record
 
-PROMPTS, WRITTEN = 4, 96
+PROMPTS, WRITTEN = 8, 96
 """Texts that are gone on with, and tokens written after each, to see whether a model repeats itself."""
 
 
