@@ -1,6 +1,7 @@
 """A plan is carried out: sites become factorized modules, once or in rounds, and are corrected for drift."""
 
 from rankfold.compress.drift import correct_drift
+from rankfold.compress.nested import adapt, nest, shrink
 from rankfold.compress.replace import (
     compress,
     compress_blocks,
@@ -12,6 +13,7 @@ from rankfold.compress.replace import (
 from rankfold.compress.rounds import compress_in_rounds, restore
 
 __all__ = [
+    "adapt",
     "compress",
     "compress_blocks",
     "compress_in_rounds",
@@ -19,6 +21,8 @@ __all__ = [
     "factorize_site",
     "factorized_module",
     "matrix_of",
+    "nest",
     "predicted_losses",
     "restore",
+    "shrink",
 ]

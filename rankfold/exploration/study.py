@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rankfold.exploration.bench import OBJECTIVES, Bench, Trial
-from rankfold.exploration.policy import Policy, Prices, point_of, prices, starting_points
+from rankfold.exploration.policy import KEEPS, Policy, Prices, point_of, prices, starting_points
 from rankfold.exploration.space import Point
 from rankfold.plan import Plan
 from rankfold.record import Record
@@ -250,7 +250,10 @@ def _distributions(bench: Bench, table: Prices) -> dict[str, optuna.distribution
     names = [*(f"kind {kind}" for kind in kinds), "slope", "bend"]
     usable = np.where(np.isinf(table.losses), np.inf, table.costs)
     least = math.ceil(100 * usable.min(1).sum() / table.costs[:, 0].sum()) / 100
-    return {"keep": optuna.distributions.FloatDistribution(min(least, 0.95), 1.0), **dict.fromkeys(names, weight)}
+    return {
+        "keep": optuna.distributions.FloatDistribution(min(max(least, KEEPS[-1]), 0.95), 1.0),
+        **dict.fromkeys(names, weight),
+    }
 
 
 def _policy(drawn: Mapping[str, float]) -> Policy:

@@ -1,5 +1,6 @@
 """Modules that stand where a Linear, a Conv1D or a stack of experts stood."""
 
+from rankfold.modules.adaptive_linear import AdaptiveLinear
 from rankfold.modules.factorized_linear import FactorizedLinear
 from rankfold.modules.install import (
     FORMS,
@@ -21,6 +22,7 @@ from rankfold.modules.tucker_linear import TuckerLinear
 
 __all__ = [
     "FORMS",
+    "AdaptiveLinear",
     "Factorized",
     "FactorizedLinear",
     "LinearStack",

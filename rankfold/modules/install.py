@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from rankfold.modules.adaptive_linear import AdaptiveLinear
 from rankfold.modules.factorized_linear import FactorizedLinear
 from rankfold.modules.linear_stack import LinearStack
 from rankfold.modules.low_rank_linear import LowRankLinear
@@ -22,6 +23,7 @@ FORMS: dict[str, type[FactorizedLinear]] = {
     "low_rank": LowRankLinear,
     "tucker": TuckerLinear,
     "pivoted": PivotedLinear,
+    "adaptive": AdaptiveLinear,
 }
 
 

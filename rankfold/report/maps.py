@@ -77,6 +77,9 @@ def studies(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
     figures = []
     for number, by in enumerate(dict.fromkeys(str(record.context["by"]) for record in found)):
         chosen = [record for record in found if record.context["by"] == by]
+        if len({record.context["share"] for record in chosen}) == 1:
+            figures.append(_bars(f"study-{number}", by, chosen))
+            continue
         traces = []
         for place, group in enumerate(dict.fromkeys(str(r.context["group"]) for r in chosen)):
             line = sorted(
@@ -109,6 +112,32 @@ def studies(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
         )  # fmt: skip
     if figures:
         yield Section(name="studies", title="What a rank costs", figures=figures)
+
+
+def _bars(name: str, by: str, chosen: Sequence[Record]) -> Figure:
+    """A study of one rank: a bar for every group."""
+    trace = {
+        "type": "bar",
+        "name": by,
+        "x": [str(record.context["group"]) for record in chosen],
+        "y": [record.value for record in chosen],
+        "error_y": {"type": "data", "array": [record.error or 0 for record in chosen]},
+        "marker": {"color": COLOURS[0]},
+    }
+    layout = {
+        "xaxis": {"type": "category", "automargin": True},
+        "yaxis": {"title": {"text": f"{chosen[0].name.replace('_', ' ')}, {chosen[0].unit}"}},
+    }
+    ranks = sorted({rank for record in chosen for rank in record.context["ranks"]})
+    shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    return Figure(
+        name=name,
+        caption=f"{chosen[0].subject}, {chosen[0].context.get('method', '')}: what rank {shown} costs, by {by}.",
+        data=[trace],
+        layout=layout,
+        header=["group", "rise", "standard error"],
+        rows=[[str(r.context["group"]), written(r.value), written(r.error)] for r in chosen],
+    )
 
 
 def spectra(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:

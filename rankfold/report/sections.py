@@ -123,10 +123,13 @@ def benchmarks(records: Sequence[Record], plan: Plan | None) -> Iterator[Section
             record.name, record.subject, f"{100 * float(record.value or 0):.1f} ± {100 * (record.error or 0):.1f}",
             str(record.context.get("items", "")), *cells,
         ])  # fmt: skip
+    layout = {
+        "barmode": "group", "xaxis": {"automargin": True}, "yaxis": {"title": {"text": "%"}, "rangemode": "tozero"},
+    }  # fmt: skip
     figure = Figure(
         name="benchmarks-plot", caption="Accuracy in percent, with standard errors; models answered the same items.",
-        data=traces, layout={"barmode": "group", "yaxis": {"title": {"text": "%"}, "rangemode": "tozero"}},
-        header=["benchmark", "model", "%", "items", "minus dense, points", "McNemar p"], rows=rows,
+        data=traces, layout=layout, header=["benchmark", "model", "%", "items", "minus dense, points", "McNemar p"],
+        rows=rows,
     )  # fmt: skip
     yield Section(name="benchmarks", title="Benchmarks", figures=[figure])
 

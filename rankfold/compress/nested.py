@@ -1,0 +1,180 @@
+"""Ranks that are chosen late: one checkpoint for many budgets, and layers that choose for every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankfold.allocation import knapsack
+from rankfold.architectures import adopt
+from rankfold.compress.replace import matrix_of
+from rankfold.factorization import SiteMoments, ordered_kfac
+from rankfold.modules import AdaptiveLinear, LowRankLinear, linear_at
+from rankfold.plan import DENSE, Option, Plan, stored_parameters
+from rankfold.record import versions
+from rankfold.sites import Site
+
+TABLE = 129
+"""Ranks of a site whose predicted loss a nested checkpoint stores; between them it is interpolated."""
+
+
+@torch.no_grad()
+def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments]) -> Plan:
+    """Write every site as ordered factors of its full rank, in place, so that any smaller rank is a part of them.
+
+    The model computes what it did, in more numbers than before; `shrink` cuts it to a budget without any text. The
+    factors are those of `kfac` measured once; a bias stays as it is.
+
+    Args:
+        model: A transformers model.
+        sites: What may be cut later.
+        statistics: Moments of inputs and gradients, from `calibrate` with a loss.
+
+    Returns:
+        The plan, all sites at full rank.
+
+    Raises:
+        ValueError: If statistics lack gradients, or a weight is not finite.
+    """
+    options, tables = [], {}
+    for site in sites:
+        linear = linear_at(model, site.name)
+        W, _ = matrix_of(linear)
+        try:
+            ordered = ordered_kfac(W, None, statistics[site.name])
+        except ValueError as error:
+            error.args = (f"{site.name}: {error}",)
+            raise
+        full = min(W.shape)
+        bias = None if linear.bias is None else linear.bias.detach()
+        dtype = linear.weight.dtype
+        module = LowRankLinear.from_factors(ordered.up.to(dtype), ordered.down.to(dtype), bias)
+        model.set_submodule(site.name, module.requires_grad_(linear.weight.requires_grad))
+        ranks = sorted({round(step * full / (TABLE - 1)) for step in range(TABLE)})
+        tables[site.name] = {"ranks": ranks, "losses": [float(f"{ordered.losses[rank]:.7g}") for rank in ranks]}
+        parameters = stored_parameters("low_rank", W.shape[0], W.shape[1], (full,), bias is not None)
+        options.append(
+            Option(
+                sites=(site.name,), form="low_rank", method="kfac", ranks=(full,), bias=bias is not None,
+                parameters=parameters, bytes=parameters * linear.weight.element_size(), loss=0.0,
+            )
+        )  # fmt: skip
+    plan = Plan(options=tuple(options), method="kfac", allocation="nested", versions=versions())
+    adopt(model, plan)
+    model.config.rankfold = {**model.config.rankfold, "nested": tables}
+    return plan
+
+
+@torch.no_grad()
+def shrink(model: Any, keep: float) -> Plan:
+    """Cut a nested model to a budget, in place, its ranks shared out by the predicted losses that it stores.
+
+    Args:
+        model: What `nest` made, as it is or loaded again.
+        keep: Fraction of what the dense sites had.
+
+    Raises:
+        ValueError: If the model is not nested, or the budget is out of reach.
+    """
+    stored = getattr(model.config, "rankfold", None) or {}
+    tables = stored.get("nested")
+    if not tables:
+        raise ValueError("Only a nested model can be cut: make one with rankfold compress --nested.")
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
+    sites, losses = [], {}
+    for name, table in tables.items():
+        layer = linear_at(model, name)
+        out, into, bias = layer.out_features, layer.in_features, layer.up.bias is not None
+        sites.append(Site(name, out, into, bias, layer.up.weight.element_size(), None, name, name))
+        losses[name] = np.interp(range(min(out, into) + 1), table["ranks"], table["losses"]).tolist()
+    budget = keep * sum(site.parameters for site in sites)
+    chosen = knapsack(sites, "low_rank", budget=budget, losses=losses, price=lambda option: option.parameters)
+    options = []
+    for option in chosen.options:
+        (name,) = option.sites
+        layer = linear_at(model, name)
+        if option.form == DENSE:
+            model.set_submodule(name, layer.to_dense())
+            options.append(option)
+            continue
+        (rank,) = option.ranks
+        kept = None if layer.up.bias is None else layer.up.bias.detach()
+        up, down = layer.up.weight[:, :rank].clone(), layer.down.weight[:rank].clone()
+        model.set_submodule(name, LowRankLinear.from_factors(up, down, kept))
+        options.append(Option(**{**vars(option), "method": "kfac"}))
+    plan = Plan(
+        options=tuple(options), method="kfac", allocation="knapsack", keep=keep, bound=chosen.bound, versions=versions()
+    )
+    adopt(model, plan)
+    return plan
+
+
+@torch.no_grad()
+def adapt(
+    model: Any, plan: Plan, batches: Iterable[Mapping[str, Tensor]], *, small: float = 0.5, share: float = 0.5
+) -> Plan:
+    """Let every low-rank site of a model choose its rank for each token, in place.
+
+    Of the calibration text's tokens `share` take the whole rank of a site and the others `small` of it, so its average
+    rank is `(small + share (1 - small))` of it. The factors must be ordered, as `nest`, `shrink` and `kfac` leave them.
+
+    Args:
+        model: A model with the plan's low-rank sites.
+        plan: The plan of the model.
+        batches: Text on which thresholds are set.
+        small: Share of a site's rank that every token takes.
+        share: Share of the tokens that take all of it.
+
+    Raises:
+        ValueError: If a share is out of range, or the plan has no low-rank site.
+    """
+    if not (0 < small < 1 and 0 <= share <= 1):
+        raise ValueError(f"Shares of the rank and of the tokens lie between 0 and 1, but got {small:g} and {share:g}.")
+    chosen = [o for o in plan.factorized if o.form == "low_rank" and o.ranks[0] > 1]
+    if not chosen:
+        raise ValueError("The plan has no low-rank site that could choose between ranks.")
+    layers: dict[str, AdaptiveLinear] = {}
+    options = {option.sites: option for option in plan.options}
+    for option in chosen:
+        (name,), (rank,) = option.sites, option.ranks
+        first = max(1, round(small * rank))
+        layers[name] = AdaptiveLinear.from_low_rank(linear_at(model, name), first)
+        model.set_submodule(name, layers[name])
+        options[option.sites] = Option(**{**vars(option), "form": "adaptive", "ranks": (first, rank)})
+    _set_thresholds(model, layers, batches, share)
+    plan = Plan(**{**vars(plan), "options": tuple(options.values())})
+    adopt(model, plan)
+    return plan
+
+
+def _set_thresholds(
+    model: nn.Module, layers: Mapping[str, AdaptiveLinear], batches: Iterable[Mapping[str, Tensor]], share: float
+) -> None:
+    """The quantile of each layer's read shares below which tokens take the large rank."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def watch(name: str) -> Any:
+        def hook(layer: AdaptiveLinear, args: tuple[Tensor, ...]) -> None:
+            first = nn.functional.linear(args[0], layer.down.weight[: layer.small])
+            seen[name].append(layer.read_share(args[0], first).flatten().cpu())
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        for batch in batches:
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers.items():
+        if not seen[name]:
+            raise ValueError(f"{name}: no token of the text reached it. Give other or more text.")
+        ordered = torch.cat(seen[name]).sort().values
+        place = min(int(share * len(ordered)), len(ordered) - 1)
+        layer.threshold.fill_(float(ordered[place]) if share < 1 else float("inf"))
