@@ -16,8 +16,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from rankfold.allocation import ALLOCATIONS, BudgetError, allocate
-from rankfold.calibration import Corpus, calibration_windows, make_batches, masked_batches, summed_loss
-from rankfold.compress import compress, compress_blocks, compress_in_rounds, restore
+from rankfold.calibration import Corpus, calibrate, calibration_windows, make_batches, masked_batches, summed_loss
+from rankfold.compress import compress, compress_blocks, compress_in_rounds, nest, restore
 from rankfold.factorization import METHODS
 from rankfold.modules import linear_at, use_eager_experts
 from rankfold.plan import DENSE, Option, Plan
@@ -245,9 +245,7 @@ def compress_within(
     Raises:
         ValueError: If the budget cannot be met, or something that was read is not finite.
     """
-    batches = [] if text is None else make_batches(model, text.windows)
-    if text is not None and text.mask_token is not None:
-        batches = masked_batches(batches, text.mask_token, text.special, settings.seed)
+    batches, labels = _batches(model, text, settings)
     if settings.refine and (len(batches) < 2 or any(site.calls > 1 for site in sites)):
         raise ValueError(
             f"Refinement needs at least two batches of calibration text, but got {len(batches)}, and blocks that a "
@@ -262,7 +260,10 @@ def compress_within(
 
     def attempt(keep: float | None, title: str) -> Plan:
         choice = _choice(budget, settings, keep)
-        return _attempt(model, sites, choice, settings, text, batches, lambda name, steps: stage(title + name, steps))
+        facts = {} if text is None else dict(text.facts)
+        if METHODS[settings.method].needs_gradients:
+            facts["labels"] = labels
+        return _attempt(model, sites, choice, settings, facts, batches, lambda name, steps: stage(title + name, steps))
 
     if budget.max_loss_increase is None:
         plan = attempt(budget.keep_of(model, sites), "")
@@ -286,6 +287,31 @@ def compress_within(
     return plan
 
 
+def nest_within(model: Any, sites: Sequence[Site], settings: Settings, text: Text, *, stage: Stage) -> Plan:
+    """Write a model, in place, as one checkpoint for many budgets (`rankfold.compress.nest`).
+
+    Raises:
+        ValueError: If another method than kfac is asked for, or something that was read is not finite.
+    """
+    if settings.method != "kfac":
+        raise ValueError(
+            f"A nested model needs ranks in the order of predicted losses: use kfac, not {settings.method}."
+        )
+    batches, labels = _batches(model, text, settings)
+    passes = len({site.block for site in sites}) + 1
+    advance = stage("measuring inputs and gradients", 2 * passes * len(batches))
+    return nest(model, sites, calibrate(model, sites, batches, advance, summed_loss(model, labels, settings.seed)))
+
+
+def _batches(model: Any, text: Text | None, settings: Settings) -> tuple[list[dict[str, Tensor]], str]:
+    """What calibration reads, and where the labels of its loss come from."""
+    batches = [] if text is None else make_batches(model, text.windows)
+    masked = text is not None and text.mask_token is not None
+    if text is not None and text.mask_token is not None:
+        batches = masked_batches(batches, text.mask_token, text.special, settings.seed)
+    return batches, "text" if model.can_generate() or masked else "sampled"
+
+
 def _teacher(model: Any, shared: Iterable[nn.Module]) -> Any:
     """The dense model once more, sharing what compression leaves alone: the layers that it replaces, the embeddings."""
     inside = {id(part) for path in block_paths(model) for part in model.get_submodule(path).parameters()}
@@ -299,25 +325,21 @@ def _attempt(
     sites: Sequence[Site],
     choice: Mapping[str, Any],
     settings: Settings,
-    text: Text | None,
+    facts: Mapping[str, Any],
     batches: list[dict[str, Tensor]],
     stage: Stage,
 ) -> Plan:
     """Compress once."""
-    facts = {} if text is None else dict(text.facts)
     method = METHODS[settings.method]
     blocks = len({site.block for site in sites if site.block})
     if method.needs_gradients:
-        assert text is not None, "this method reads text"
-        labels = "text" if model.can_generate() or text.mask_token is not None else "sampled"
-        facts["labels"] = labels
         visits = (ROUNDS + 1) * 2 * blocks + 6 * blocks
         advance = stage("measuring inputs and gradients", visits * len(batches))
         return compress_in_rounds(
             model,
             sites,
             batches,
-            loss=summed_loss(model, labels, settings.seed),
+            loss=summed_loss(model, str(facts["labels"]), settings.seed),
             allocate=lambda losses: replace(_allocated(sites, choice, losses), calibration=facts),
             rounds=ROUNDS,
             drift=DRIFT,

@@ -65,11 +65,16 @@ def test_help_lists_the_verbs() -> None:
         for verb in (
             "inspect",
             "sensitivity",
+            "explore",
             "compress",
             "recover",
             "quantize",
             "measure",
             "evaluate",
+            "benchmark",
+            "convert-data",
+            "roofline",
+            "report",
             "export",
             "demo",
         )
@@ -134,6 +139,46 @@ def test_sensitivity_ends_in_tables_a_plot_and_records(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == len((tmp_path / "study.jsonl").read_text().splitlines()) == 7
     other = ("sensitivity", MODEL, str(tmp_path / "study.jsonl"), "--method", "tucker")
     assert "another study" in run(*other, code=2).stderr
+
+
+def test_a_search_becomes_a_checkpoint_and_a_page(tmp_path: Path) -> None:
+    found = tmp_path / "trials.jsonl"
+    run(
+        "explore", MODEL, "--study", f"sqlite:///{tmp_path}/study.db", "--trials", "10", "--sequences", "4",
+        "--windows", "2", "--rank", "0.25", "--rank", "0.5", "--plans", str(tmp_path / "plans"), "--plot",
+        str(tmp_path / "t.svg"), "--output", str(found),
+    )  # fmt: skip
+    assert len(found.read_text().splitlines()) == 20
+    assert "<svg" in (tmp_path / "t.svg").read_text()
+    plans = sorted((tmp_path / "plans").glob("trial-*.json"), key=lambda plan: plan.stat().st_size)
+    run("compress", MODEL, str(tmp_path / "out"), "--plan", str(plans[-1]), "--sequences", "4")
+    plan = json.loads(plans[-1].read_text())
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["rankfold"]
+    asked = {tuple(o["sites"]): o["ranks"] for o in plan["options"] if o.get("form")}
+    assert {tuple(o["sites"]): o["ranks"] for o in stored["options"] if o.get("form")} == asked
+    page = tmp_path / "report.html"
+    run("report", str(found), "-o", str(page), "--plan", str(plans[-1]))
+    assert "The chosen plan" in page.read_text()
+    plans[-1].write_text("{}")
+    assert "plan" in run("compress", MODEL, str(tmp_path / "x"), "--plan", str(plans[-1]), code=2).stderr
+    other = run("compress", "models/pycode-starcoder", str(tmp_path / "x"), "--plan", str(plans[0]), code=2)
+    assert "error" in other.stderr
+
+
+def test_a_nested_checkpoint_is_cut_to_a_budget(tmp_path: Path) -> None:
+    run("compress", MODEL, str(tmp_path / "nested"), "--nested", "--sequences", "4")
+    done = run("export", str(tmp_path / "nested"), str(tmp_path / "out"), "--keep", "0.7")
+    assert "parameters in its sites" in done.stderr
+    run("measure", str(tmp_path / "out"), "--no-latency", "--windows", "2", "--text", "bundled:python-held-out")
+
+
+def test_the_roofline_of_this_machine(tmp_path: Path) -> None:
+    done = run("roofline", MODEL, "--plot", str(tmp_path / "roof.svg"), "--tokens", "1", "--tokens", "64")
+    assert "FLOPs a byte memory is the limit" in done.stderr
+    names = [json.loads(line)["name"] for line in done.stdout.splitlines()]
+    assert names[:3] == ["bandwidth", "arithmetic", "compute_to_model_size"]
+    assert names.count("roofline") == 2 * 2 * 4
+    assert "<svg" in (tmp_path / "roof.svg").read_text()
 
 
 def test_evaluate_refuses_what_it_cannot_do(tmp_path: Path) -> None:
@@ -256,7 +301,8 @@ def test_inspect_prints_and_draws(tmp_path: Path) -> None:
         (["inspect", MODEL, "--plot", "x.jpg"], "must be named .png, .svg or .pdf"),
         (["measure", MODEL, "--text", "EMPTY"], "must hold text"),
         (["export", MODEL, "OUT", "--dense"], "is an ordinary model already"),
-        (["export", MODEL, "OUT"], "pass --dense"),
+        (["export", MODEL, "OUT"], "Say what to export"),
+        (["export", MODEL, "OUT", "--keep", "0.7"], "Only a nested model"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_two(arguments: list[str], message: str, tmp_path: Path) -> None:

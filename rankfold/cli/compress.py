@@ -17,7 +17,7 @@ from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteName
 from rankfold.cost import fast_multiple, neighbouring_ranks, parameter_count, rank_seconds
 from rankfold.factorization import METHODS
 from rankfold.measure import default_length
-from rankfold.pipeline import Budget, Settings, compress_within, read_text
+from rankfold.pipeline import Budget, Settings, compress_within, nest_within, read_text
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
 from rankfold.summary import report_plan
@@ -88,6 +88,12 @@ def compress(
             rich_help_panel="Method",
         ),
     ] = "predictions",
+    nested: Annotated[
+        bool,
+        typer.Option(
+            help="One larger checkpoint that rankfold export --keep cuts to any budget.", rich_help_panel="Method"
+        ),
+    ] = False,
     calibration: Annotated[
         str,
         typer.Option(
@@ -135,7 +141,11 @@ def compress(
             say("This is the bundled sample; text like your own gives a better model: --calibration my_text.jsonl")
     work = output.with_name(f".{output.name}.refine")
     with stages() as stage:
-        done = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
+        if nested:
+            assert text is not None, "kfac reads text"
+            done = nest_within(loaded, chosen, settings, text, stage=stage)
+        else:
+            done = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
     save(loaded, tokenizer, output, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     report_plan(output, done, chosen, before, parameter_count(loaded), time.perf_counter() - start)

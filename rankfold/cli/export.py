@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from rankfold.checkpoint import export_dense, load_model, tokenizer_if_any
+from rankfold.checkpoint import export_dense, load_model, save, tokenizer_if_any
 from rankfold.cli.options import Dtype, Model, Overwrite, to_dtype
+from rankfold.compress import shrink
 from rankfold.shards import check_target
 from rankfold.terminal import say
 
@@ -17,12 +18,23 @@ def export(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Folder of the exported model.")],
     dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out: an ordinary checkpoint.")] = False,
+    keep: Annotated[
+        float | None, typer.Option(help="Cut a nested model to this fraction of its sites' parameters.")
+    ] = None,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
 ) -> None:
-    """Write a compressed model in another form; --dense gives a checkpoint that anything loads."""
-    if not dense:
-        raise ValueError("export knows one form so far: pass --dense to multiply the factors out.")
+    """Write a compressed model in another form: multiplied out, or a nested one cut to a budget."""
+    if dense == (keep is not None):
+        raise ValueError("Say what to export: --dense multiplies the factors out, --keep 0.7 cuts a nested model.")
     check_target(output, overwrite)
-    export_dense(load_model(model, dtype=to_dtype(dtype)), tokenizer_if_any(model), output, overwrite=overwrite)
-    say(f"Dense checkpoint: {output}")
+    loaded = load_model(model, dtype=to_dtype(dtype))
+    if keep is None:
+        export_dense(loaded, tokenizer_if_any(model), output, overwrite=overwrite)
+        say(f"Dense checkpoint: {output}")
+        return
+    plan = shrink(loaded, keep)
+    save(loaded, tokenizer_if_any(model), output, overwrite=overwrite)
+    say(f"Checkpoint: {output}, {plan.parameters:,} parameters in its sites")
+    if plan.predicted_loss is not None:
+        say(f"Predicted rise of the loss: {plan.predicted_loss:.4f} nat/token")

@@ -1,6 +1,7 @@
 """A plan is carried out: sites become factorized modules, once or in rounds, and are corrected for drift."""
 
 from rankfold.compress.drift import correct_drift
+from rankfold.compress.joint import compress_stacks
 from rankfold.compress.nested import adapt, nest, shrink
 from rankfold.compress.replace import (
     compress,
@@ -17,6 +18,7 @@ __all__ = [
     "compress",
     "compress_blocks",
     "compress_in_rounds",
+    "compress_stacks",
     "correct_drift",
     "factorize_site",
     "factorized_module",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rankfold.factorization.factors import Factors, Moments, SiteMoments
 from rankfold.factorization.feature_mimicking import feature_mimicking, whitened_svd
+from rankfold.factorization.joint import STACK_METHODS, JointFactors
 from rankfold.factorization.kfac import Ordered, kfac, ordered_kfac, predicted_loss, shrunk
 from rankfold.factorization.pivoted import Pivoted, pivoted
 from rankfold.factorization.svd import randomized_svd, truncated_svd
@@ -41,7 +42,9 @@ METHODS: dict[str, Method] = {
 
 __all__ = [
     "METHODS",
+    "STACK_METHODS",
     "Factors",
+    "JointFactors",
     "Method",
     "Moments",
     "Ordered",

@@ -13,6 +13,7 @@ from rankfold.modules.install import (
     use_eager_experts,
     with_layers,
 )
+from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear
 from rankfold.modules.linear_stack import LinearStack, restack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.module_weight import ModuleWeight
@@ -22,9 +23,11 @@ from rankfold.modules.tucker_linear import TuckerLinear
 
 __all__ = [
     "FORMS",
+    "JOINT_FORMS",
     "AdaptiveLinear",
     "Factorized",
     "FactorizedLinear",
+    "JointLinear",
     "LinearStack",
     "LowRankLinear",
     "ModuleWeight",

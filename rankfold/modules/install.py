@@ -10,6 +10,7 @@ from torch import nn
 
 from rankfold.modules.adaptive_linear import AdaptiveLinear
 from rankfold.modules.factorized_linear import FactorizedLinear
+from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear
 from rankfold.modules.linear_stack import LinearStack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.pivoted_linear import PivotedLinear
@@ -62,6 +63,9 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
     for option in plan["options"]:
         if option.get("form", "dense") == "dense":
             continue
+        if option["form"] in JOINT_FORMS:
+            _install_stack(model, option)
+            continue
         masks = option.get("pivots") or [None] * len(option["sites"])
         if option["form"] == "pivoted" and None in masks:
             raise ValueError(f"{option['sites'][0]}: a pivoted site needs its `pivots` in the plan, but has none.")
@@ -79,6 +83,22 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
             model.set_submodule(path, empty)
     install_quantized(model, plan.get("quantization") or {"modules": {}})
     use_eager_experts(model)
+
+
+def _install_stack(model: nn.Module, option: Mapping[str, Any]) -> None:
+    """Empty layers that share their factors, in the place of a stack."""
+    leader = None
+    for site in option["sites"]:
+        path = _place(model, site)
+        if path is None:
+            raise ValueError(f"{site}: the layers of a stack share their factors, but this model lacks this one.")
+        dense = linear_at(model, path)
+        out_features, in_features = linear_shape(dense)
+        ranks, bias = tuple(option["ranks"]), option.get("bias", False)
+        like = dense.weight
+        layer = JointLinear(in_features, out_features, option["form"], ranks, bias, like.device, like.dtype, leader)
+        leader = leader or layer
+        model.set_submodule(path, layer)
 
 
 def install_quantized(model: nn.Module, quantization: Mapping[str, Any]) -> None:
