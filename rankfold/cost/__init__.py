@@ -2,7 +2,7 @@
 
 from rankfold.cost.energy import Meter, interleaved_energy, open_meter
 from rankfold.cost.hardware import hardware
-from rankfold.cost.latency import Latency, interleaved_latency
+from rankfold.cost.latency import Latency, cache_of, interleaved_latency
 from rankfold.cost.memory import (
     Reading,
     cache_bytes,
@@ -24,6 +24,7 @@ __all__ = [
     "Reading",
     "Timed",
     "cache_bytes",
+    "cache_of",
     "disk_bytes",
     "fast_multiple",
     "hardware",
