@@ -133,7 +133,7 @@ def tasks(subject: Subject, level: float | None) -> dict[str, Any]:
         for name, corpus in subject.texts.items():
             windows = evaluation_windows(subject.tokenizer, corpus, 256, 24)
             quality = next_token_quality(subject.model, windows, batch_size=8)
-            right = share(choose(subject.model, choice_items(subject.tokenizer, corpus.texts, count=200)))
+            right = share(choose(subject.model, choice_items(subject.tokenizer, corpus.texts, count=200), alone=True))
             found[f"loss {name}"] = (quality.loss, quality.loss_error)
             found[f"choice {name}"] = (right.value, right.error)
     finally:

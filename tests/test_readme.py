@@ -74,3 +74,9 @@ def test_the_page_on_lord_is_that_of_the_results() -> None:
 def test_results_name_no_path_of_one_machine() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
         assert not re.search(r'"/[a-z]', path.read_text()), path.name
+
+
+def test_the_page_on_characterization_is_that_of_the_results() -> None:
+    from characterization_page import page
+
+    assert (ROOT / "docs" / "characterization.md").read_text() == page()

@@ -37,14 +37,22 @@ def sensitivity(
     sites: SiteNames = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the study into this .png or .svg.")] = None,
     calibration: Annotated[
-        str, typer.Option(help="Text to calibrate on: a text or JSONL file, or a data set name.")
+        str,
+        typer.Option(rich_help_panel="Text", help="Text to calibrate on: a text or JSONL file, or a data set name."),
     ] = "bundled:calibration",
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences of the calibration text.")] = 64,
-    text: Annotated[str, typer.Option(help="Held-out text on which the loss is measured.")] = "bundled:python-held-out",
+    sequences: Annotated[
+        int, typer.Option(rich_help_panel="Text", min=1, help="Sequences of the calibration text.")
+    ] = 64,
+    text: Annotated[
+        str, typer.Option(rich_help_panel="Text", help="Held-out text on which the loss is measured.")
+    ] = "bundled:python-held-out",
     labels: Annotated[
-        Path | None, typer.Option(help="JSONL with sentence and label: a classifier's mistakes are measured.")
+        Path | None,
+        typer.Option(
+            rich_help_panel="Text", help="JSONL with sentence and label: a classifier's mistakes are measured."
+        ),
     ] = None,
-    windows: Annotated[int, typer.Option(min=2, help="Windows of it at most.")] = 64,
+    windows: Annotated[int, typer.Option(rich_help_panel="Text", min=2, help="Windows of it at most.")] = 64,
     cost: Annotated[bool, typer.Option(help="Time every trial beside the dense model, and count energy.")] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",

@@ -37,6 +37,9 @@ STRATEGIES = ("tpe", "random-policies", "random")
 HEARTBEAT, GRACE = 5, 20
 """Seconds between a worker's signs of life, and without one until its trial is given to another."""
 
+STARTUP = 60
+"""Trials before TPE proposes: the starting points, then policies drawn at random, or it never leaves the former."""
+
 WEIGHT = 1.5
 """Greatest power of two by which a policy corrects predicted losses."""
 
@@ -270,7 +273,7 @@ class _Sampler(optuna.samplers.BaseSampler):
         self._distributions = distributions
         self._starts = starts
         self._inner: optuna.samplers.BaseSampler = (
-            optuna.samplers.TPESampler(multivariate=True, n_startup_trials=0, seed=seed)
+            optuna.samplers.TPESampler(multivariate=True, n_startup_trials=STARTUP, seed=seed)
             if strategy == "tpe"
             else optuna.samplers.RandomSampler(seed=seed)
         )

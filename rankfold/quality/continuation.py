@@ -104,26 +104,46 @@ def _indent(text: str, place: int) -> str:
 
 @torch.no_grad()
 def choose(
-    model: Any, items: ChoiceItems, *, batch_size: int = 8, on_batch: Callable[[], None] = lambda: None
+    model: Any,
+    items: ChoiceItems,
+    *,
+    alone: bool = False,
+    batch_size: int = 8,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[bool]:
     """Whether a causal language model finds the true continuation the most likely one, for every question.
+
+    Args:
+        model: The model.
+        items: The questions.
+        alone: Whether the likelihood of a continuation without its context is taken off (Holtzman et al. 2021,
+            arXiv:2104.08315). Where some begin like thousands of others, as stories do, likelihood chooses those.
+        batch_size: Questions at once.
+        on_batch: Called after each batch.
 
     Raises:
         ValueError: If a likelihood is not a number.
     """
-    device = next(model.parameters()).device
     right: list[bool] = []
     for batch in torch.split(items.windows, batch_size):
-        ids = batch.flatten(0, 1).to(device)
-        logits = model(input_ids=ids).logits[:, -items.scored - 1 : -1].float()
-        losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -items.scored :], reduction="none").sum(1)
-        if not bool(torch.isfinite(losses).all()):
-            raise ValueError(
-                "The likelihood of a continuation must be a number, but the model gives NaN or infinity. Load a "
-                "float16 model with --dtype bfloat16; if it stays, the weights are damaged."
-            )
-        table = losses.reshape(batch.shape[:2])
+        losses = _losses(model, batch, items.scored)
+        if alone:
+            short = torch.cat([batch[..., :1], batch[..., -items.scored :]], -1)
+            losses = losses - _losses(model, short, items.scored)
         # A tie with a wrong choice is no answer.
-        right += (table[:, :1] < table[:, 1:]).all(1).tolist()
+        right += (losses[:, :1] < losses[:, 1:]).all(1).tolist()
         on_batch()
     return right
+
+
+def _losses(model: Any, batch: Tensor, scored: int) -> Tensor:
+    """Negative log-likelihood of every continuation of every question."""
+    ids = batch.flatten(0, 1).to(next(model.parameters()).device)
+    logits = model(input_ids=ids).logits[:, -scored - 1 : -1].float()
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -scored:], reduction="none").sum(1)
+    if not bool(torch.isfinite(losses).all()):
+        raise ValueError(
+            "The likelihood of a continuation must be a number, but the model gives NaN or infinity. Load a "
+            "float16 model with --dtype bfloat16; if it stays, the weights are damaged."
+        )
+    return losses.reshape(batch.shape[:2])
