@@ -175,6 +175,28 @@ def counts() -> Iterator[str]:
     yield ""
 
 
+def roofline() -> Iterator[str]:
+    """Predicted against measured time."""
+    records = read("roofline")
+    if not records:
+        return
+    facts = records[0].context
+    yield "## Roofline"
+    yield ""
+    yield (
+        f"`python experiments/roofline.py`: Llama-2-7B's shapes, one token, float32, one thread: {facts['bytes_per_second'] / 1e9:.1f} GB/s and "
+        f"{facts['flops_per_second'] / 1e9:.0f} GFLOP/s measured. Low rank takes bytes and multiplications away alike, so the intensity stays: *intensity rises* does not hold for one token."
+    )
+    yield ""
+    rows = [
+        [row, f"{v['intensity'].value:.2f}", f"{1e3 * float(v['predicted'].value or 0):.2f}",
+         f"{1e3 * float(v['measured'].value or 0):.2f}", f"{v['ratio'].value:.2f}",
+         "yes" if v["ratio"].context["contended"] else "no"]
+        for row, v in by_row(records, records[0].subject)
+    ]  # fmt: skip
+    yield from table(["layer", "FLOPs a byte", "predicted, ms", "measured, ms", "ratio", "machine contended"], rows)
+
+
 def searches() -> Iterator[str]:
     """The design space searched."""
     records = read("explore")
@@ -288,7 +310,7 @@ def page() -> str:
         "± is the standard error over windows or rows. Two shared x86-64 cores, one thread; models of a million parameters.",
         "",
     ]
-    for part in (depth, distance, nine_percent, counts, tasks, searches, stacks, late, runs, recoveries):
+    for part in (depth, distance, nine_percent, counts, tasks, roofline, searches, stacks, late, runs, recoveries):
         lines += part()
     return "\n".join(lines).rstrip() + "\n"
 
