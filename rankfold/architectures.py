@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
+from transformers.pytorch_utils import Conv1D
 
 from rankfold.modules import Factorized, FactorizedLinear, LinearStack, SpQRLinear, restack
 from rankfold.plan import Plan
@@ -42,6 +43,8 @@ _MODULE_FILES = (
     "pivoted_linear",
     "spqr_linear",
     "linear_stack",
+    "adaptive_linear",
+    "joint_linear",
     "install",
 )
 
@@ -147,7 +150,7 @@ def release(model: Any) -> None:
         dense: nn.Module = linear
         owner = model.get_submodule(path.rpartition(".")[0])
         if not isinstance(owner, LinearStack) and type(pattern.get_submodule(path)).__name__ == "Conv1D":
-            dense = _to_conv1d(linear, pattern.get_submodule(path))
+            dense = to_conv1d(linear)
         model.set_submodule(path, dense)
     restack(model)
     _add_zero_biases(model, pattern)
@@ -206,9 +209,9 @@ def _add_zero_biases(model: nn.Module, pattern: nn.Module) -> None:
             linear.bias = nn.Parameter(torch.zeros(linear.out_features).to(linear.weight))  # type: ignore[call-overload,arg-type]
 
 
-def _to_conv1d(linear: nn.Linear, pattern: Any) -> nn.Module:
+def to_conv1d(linear: nn.Linear) -> nn.Module:
     """GPT-2's transposed linear layer."""
-    conv: nn.Module = type(pattern)(linear.out_features, linear.in_features)
+    conv: nn.Module = Conv1D(linear.out_features, linear.in_features)  # type: ignore[no-untyped-call]
     conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
     bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
     conv.bias = nn.Parameter(bias.to(linear.weight))
@@ -244,6 +247,7 @@ Written by rankfold when the checkpoint was saved. With rankfold imported this f
 
 from __future__ import annotations
 
+import copy
 import operator
 from functools import cache
 from collections.abc import Callable, Iterable, Mapping

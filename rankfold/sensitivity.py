@@ -98,7 +98,7 @@ class Trial:
 
 
 def sensitivity_trials(
-    sites: Sequence[Site], *, method: str = "lord", by: str = "kind", shares: Sequence[float | int] = SHARES
+    sites: Sequence[Site], *, method: str = "lord", by: str = "kind", shares: Sequence[float] = SHARES
 ) -> list[Trial]:
     """Every group at every share of the full rank, those past the break-even rank too.
 
@@ -122,7 +122,7 @@ def sensitivity_trials(
     ]
 
 
-def _option(site: Site, share: float | int, method: str) -> Option:
+def _option(site: Site, share: float, method: str) -> Option:
     chosen = METHODS[method]
     rank = max(1, round(share * min(site.out_features, site.in_features)))
     ranks = (rank, rank) if chosen.form == "tucker" else (rank,)
@@ -165,7 +165,7 @@ def run_trials(  # noqa: PLR0913
         cost: Measures what the model of a trial costs beside the dense one, for the record's context.
 
     Raises:
-        ValueError: If the file holds records of another study, or a value is not finite.
+        ValueError: If the file holds records of another study, or the dense model gives no finite numbers.
     """
     done = _read(file, str(context["study"]))
     missing = [trial for trial in trials if (trial.group, trial.share) not in done]
@@ -183,8 +183,13 @@ def run_trials(  # noqa: PLR0913
     total = sum(parameter.numel() for parameter in model.parameters())
     dense = score(model)
     for trial in missing:
-        found, price = _measured(model, trial, statistics, score, cost)
-        record = _record(trial, found, dense, total, {**context, **({"cost": price} if price else {})})
+        found: Score | None
+        try:
+            found, price = _measured(model, trial, statistics, score, cost)
+            facts = {**context, **({"cost": price} if price else {})}
+        except ValueError as error:
+            found, facts = None, {**context, "unavailable": str(error)}
+        record = _record(trial, found, dense, total, facts)
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as opened:
             opened.write(record.to_json() + "\n")
@@ -206,8 +211,9 @@ def _measured(
         restore(model, dense, earlier)
 
 
-def _record(trial: Trial, found: Score, dense: Score, total: int, context: Mapping[str, Any]) -> Record:
-    rise = paired_difference(found.values, dense.values)
+def _record(trial: Trial, found: Score | None, dense: Score, total: int, context: Mapping[str, Any]) -> Record:
+    """A trial's rise; no value, and the reason, where the model gave no finite numbers."""
+    rise = None if found is None else paired_difference(found.values, dense.values)
     details = {
         "group": trial.group,
         "sites": [name for option in trial.options for name in option.sites],
@@ -215,15 +221,15 @@ def _record(trial: Trial, found: Score, dense: Score, total: int, context: Mappi
         "ranks": sorted({option.ranks[0] for option in trial.options}),
         "removed": trial.removed,
         "removed_of_model": trial.removed / total,
-        found.name: found.mean,
-        f"dense_{found.name}": dense.mean,
+        dense.name: None if found is None else found.mean,
+        f"dense_{dense.name}": dense.mean,
     }
     return Record(
         subject=str(context.get("model", "model")),
-        name=f"{found.name}_rise",
-        value=rise.value,
-        unit=found.unit,
-        error=rise.error,
+        name=f"{dense.name}_rise",
+        value=None if rise is None else rise.value,
+        unit=dense.unit,
+        error=None if rise is None else rise.error,
         context={**context, **details},
     )
 
@@ -253,7 +259,9 @@ def measured_losses(records: Sequence[Record], sites: Sequence[Site]) -> dict[st
     """
     curves: dict[str, list[tuple[float, float]]] = {}
     for record in records:
-        point = (float(record.context["share"]), max(0.0, float(record.value or 0)))
+        if record.value is None:
+            continue
+        point = (float(record.context["share"]), max(0.0, float(record.value)))
         if point[0] < 1:
             curves.setdefault(str(record.context["group"]), []).append(point)
     losses = {}

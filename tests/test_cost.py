@@ -44,6 +44,18 @@ def test_rapl_counts_all_packages_and_goes_on_after_it_is_full(tmp_path: Path) -
     assert joules == pytest.approx(1.5 + 2.0)
 
 
+def test_the_platform_and_parts_of_a_processor_are_not_counted_twice(tmp_path: Path) -> None:
+    folder = counters(tmp_path, (0, 5_000_000), (0, 9_000_000))
+    (folder / "intel-rapl:0" / "name").write_text("package-0\n")
+    (folder / "intel-rapl:1" / "name").write_text("psys\n")
+    assert open_meter(powercap=folder).about.startswith("1 processor")
+
+
+def test_an_encoder_decoder_has_a_peak_too() -> None:
+    peak, how = peak_bytes(build("t5"), 8)
+    assert peak is not None or how.startswith("unavailable")
+
+
 def test_a_counter_that_vanishes_makes_energy_unavailable(tmp_path: Path) -> None:
     meter = open_meter(powercap=counters(tmp_path, (0, 5_000_000)))
     assert meter.joules((tmp_path / "intel-rapl:0" / "energy_uj").unlink) is None

@@ -88,3 +88,18 @@ def test_what_is_no_stack_says_so() -> None:
         compress_stacks(model, [["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]], "cp", (2,))
     with pytest.raises(ValueError, match="decomposed as tucker_stack, cp, tensor_train"):
         compress_stacks(model, [], "parafac", (2,))
+
+
+def test_a_second_compression_keeps_the_first(tmp_path: Path) -> None:
+    model: Any = build("llama")
+    for block in range(2):
+        paths = [f"model.layers.{block}.mlp.{name}" for name in ("gate_proj", "up_proj")]
+        compress_stacks(model, [paths], "cp", (6,))
+    save(model, None, tmp_path / "both")
+    ids = torch.arange(3, 11)[None]
+    assert torch.equal(load_model(tmp_path / "both", dtype=torch.float32)(ids).logits, model(ids).logits)
+
+
+def test_ranks_that_a_train_cannot_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="rank must lie between 1 and"):
+        STACK_METHODS["tensor_train"](stack(), (4, 8), 0)

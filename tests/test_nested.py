@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tiny import build
 
 from rankfold import allocate, calibrate, compress, find_sites
 from rankfold.calibration import load_corpus, make_batches, random_windows, summed_loss, token_stream
@@ -112,3 +114,23 @@ def test_what_cannot_be_adapted_says_why(setting: dict[str, Any]) -> None:
         adapt(model, plan, setting["batches"])
     with pytest.raises(ValueError, match="Only a nested model"):
         shrink(model, 0.5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "opt"])
+def test_other_layers_are_nested_cut_saved_and_loaded(name: str, tmp_path: Path) -> None:
+    if name == "mixtral" and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 has no stacked experts")
+    model: Any = build(name)
+    ids = torch.arange(3, 19)[None]
+    batches = [{"input_ids": torch.randint(3, 100, (8, 16))} for _ in range(4)]
+    sites = find_sites(model).select()
+    before = model(ids).logits
+    nest(model, sites, calibrate(model, sites, batches, loss=summed_loss(model, "text", 0)))
+    torch.testing.assert_close(model(ids).logits, before, atol=1e-3, rtol=1e-2)
+    save(model, None, tmp_path / "nested")
+    loaded = load_model(tmp_path / "nested", dtype=torch.float32)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    shrink(loaded, 0.9)
+    save(loaded, None, tmp_path / "cut")
+    again = load_model(tmp_path / "cut", dtype=torch.float32)
+    torch.testing.assert_close(again(ids).logits, loaded(ids).logits)

@@ -134,7 +134,7 @@ def test_studies_of_distance_and_count_choose_blocks(subject: Subject) -> None:
     assert all(len({site.block for site in group}) == 3 for group in apart.values())
     counted = STUDIES["count"](subject.sites)
     assert [len({site.block for site in group}) for group in counted.values()] == [1, 2, 3, 4]
-    (trial,) = sensitivity_trials(subject.sites, by="ranks", shares=(0,))
+    (trial,) = sensitivity_trials(subject.sites, by="ranks", shares=(0.0,))
     assert {option.ranks for option in trial.options} == {(1,)}
 
 
@@ -143,7 +143,7 @@ def test_costs_of_a_trial_stand_beside_it(subject: Subject, tmp_path: Path) -> N
     (record,) = run_trials(
         subject.model, subject.sites, trials, subject.batches, next_token_score(subject.held_out),
         file=tmp_path / "study.jsonl", context=CONTEXT, stage=lambda title, total: lambda: None,
-        cost=partial(relative_cost, meter=open_meter(watts=10), rounds=2),
+        cost=partial(relative_cost, meter=open_meter(watts=10.0), rounds=2),
     )  # fmt: skip
     cost = record.context["cost"]
     assert 0.2 < cost["prefill_ratio"] < 5

@@ -77,11 +77,13 @@ def explore(
 ) -> None:
     """Search the design space, beginning at the knapsack's plans and the paper's rules; killed, it goes on."""
     from rankfold.exploration.explore import Exploration, prepare, run_on_ray
-    from rankfold.exploration.study import trial_records
+    from rankfold.exploration.study import shown, trial_records
 
     check_records(output)
     if plot:
         check_figure(plot)
+        if objective and len(objective) < 2:
+            raise ValueError("A drawing needs two objectives: repeat --objective, or leave --plot out.")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
     named = name or Path(model).name
@@ -113,7 +115,7 @@ def explore(
             done = run_on_ray(settings, workers, ray, stage)
         else:
             worker = prepare(settings, stage)
-            say(f"The space has {worker.bench.space.size:.3g} points; the study lies in {settings.study}.")
+            say(f"The space has {worker.bench.space.size:.3g} points; the study lies in {shown(settings.study)}.")
             done = worker.run(stage("trials of this worker", trials))
     best = [done[number] for number in front([list(trial.values.values()) for trial in done])]
     best.sort(key=lambda trial: list(trial.values.values())[-1], reverse=True)
@@ -126,7 +128,7 @@ def explore(
     if plot:
         _draw(plot, model, best, done, settings.objectives)
     context = circumstances(
-        model=Path(model).name, study=settings.study.rpartition("@")[2], space=settings.ranks, seed=seed
+        model=Path(model).name, study=f"{shown(settings.study)} {named}", space=settings.ranks, seed=seed
     )
     chosen = {trial.number for trial in best}
     records = trial_records(done, context)
@@ -161,8 +163,6 @@ def _written(name: str, trial: Any) -> str:
 
 def _draw(plot: Path, model: str, best: list[Any], done: list[Any], objectives: tuple[str, ...]) -> None:
     """The trials in the plane of the first two objectives."""
-    if len(objectives) < 2:
-        raise ValueError("A drawing needs two objectives.")
     x, y = (objectives[1], objectives[0])
     groups = {
         "front": best,

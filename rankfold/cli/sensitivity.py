@@ -126,12 +126,12 @@ def _print_study(model: str, records: list[Record]) -> None:
     for record in records:
         facts = record.context
         ranks = sorted({facts["ranks"][0], facts["ranks"][-1]})
-        rise = f"{record.value:+.4f} ± {record.error:.4f}"
+        rise = "no numbers" if record.value is None else f"{record.value:+.4f} ± {record.error:.4f}"
         removed = facts["removed_of_model"]
         price = f"{record.value / (100 * removed):.4f}" if removed > 0 and record.value is not None else "-"
         ratios = [facts.get("cost", {}).get(f"{phase}_ratio") for phase in ("prefill", "decode", "energy")]
         costs = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios] if timed else []
-        value = f"{facts[name]:.4g}"
+        value = "-" if facts[name] is None else f"{facts[name]:.4g}"
         rows.append([facts["group"], "..".join(map(str, ranks)), value, rise, f"{removed:+.2%}", price, *costs])
     header = ["factorized", "rank", name, f"rise, {unit}", "removed of model", f"{unit} per % removed"]
     print_table(model, header + (["prefill", "decode", "energy"] if timed else []), rows)

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankfold.architectures import adopt
-from rankfold.compress.replace import matrix_of
+from rankfold.compress.replace import finish, matrix_of
 from rankfold.factorization import STACK_METHODS, JointFactors
 from rankfold.modules import JointLinear, linear_at
 from rankfold.plan import Option, Plan
-from rankfold.record import versions
 
 
 @torch.no_grad()
@@ -59,9 +57,8 @@ def compress_stacks(
             )
         )  # fmt: skip
         made.append(factors)
-    plan = Plan(options=tuple(options), method=form, allocation="stacks", seed=seed, versions=versions())
-    adopt(model, plan)
-    return plan, made
+    plan = Plan(options=tuple(options), method=form, allocation="stacks", seed=seed)
+    return finish(model, plan), made
 
 
 def _layer(
@@ -70,10 +67,10 @@ def _layer(
     out_features, in_features = matrix_of(linear)[0].shape
     dtype, device = linear.weight.dtype, linear.weight.device
     layer = JointLinear(in_features, out_features, form, ranks, linear.bias is not None, device, dtype, leader)
-    layer.mix = nn.Parameter(mix.to(dtype).clone())
+    layer.mix = nn.Parameter(mix.to(device, dtype).clone())
     if linear.bias is not None:
         layer.own_bias = nn.Parameter(linear.bias.detach().clone())
     if leader is None:
         for name, part in factors.shared.items():
-            setattr(layer.shared, name, nn.Parameter(part.to(dtype).contiguous()))
+            setattr(layer.shared, name, nn.Parameter(part.to(device, dtype).contiguous()))
     return layer

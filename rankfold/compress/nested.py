@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.allocation import knapsack
-from rankfold.architectures import adopt
-from rankfold.compress.replace import matrix_of
+from rankfold.architectures import to_conv1d
+from rankfold.compress.replace import finish, matrix_of
 from rankfold.factorization import SiteMoments, ordered_kfac
 from rankfold.modules import AdaptiveLinear, LowRankLinear, linear_at
 from rankfold.plan import DENSE, Option, Plan, stored_parameters
-from rankfold.record import versions
 from rankfold.sites import Site
 
 TABLE = 129
@@ -40,7 +39,8 @@ def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments
     Raises:
         ValueError: If statistics lack gradients, or a weight is not finite.
     """
-    options, tables = [], {}
+    options: list[Option] = []
+    tables: dict[str, dict[str, Any]] = {}
     for site in sites:
         linear = linear_at(model, site.name)
         W, _ = matrix_of(linear)
@@ -55,7 +55,11 @@ def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments
         module = LowRankLinear.from_factors(ordered.up.to(dtype), ordered.down.to(dtype), bias)
         model.set_submodule(site.name, module.requires_grad_(linear.weight.requires_grad))
         ranks = sorted({round(step * full / (TABLE - 1)) for step in range(TABLE)})
-        tables[site.name] = {"ranks": ranks, "losses": [float(f"{ordered.losses[rank]:.7g}") for rank in ranks]}
+        tables[site.name] = {
+            "ranks": ranks,
+            "losses": [float(f"{ordered.losses[rank]:.7g}") for rank in ranks],
+            "transposed": type(linear).__name__ == "Conv1D",
+        }
         parameters = stored_parameters("low_rank", W.shape[0], W.shape[1], (full,), bias is not None)
         options.append(
             Option(
@@ -63,8 +67,7 @@ def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments
                 parameters=parameters, bytes=parameters * linear.weight.element_size(), loss=0.0,
             )
         )  # fmt: skip
-    plan = Plan(options=tuple(options), method="kfac", allocation="nested", versions=versions())
-    adopt(model, plan)
+    plan = finish(model, Plan(options=tuple(options), method="kfac", allocation="nested"))
     model.config.rankfold = {**model.config.rankfold, "nested": tables}
     return plan
 
@@ -99,7 +102,8 @@ def shrink(model: Any, keep: float) -> Plan:
         (name,) = option.sites
         layer = linear_at(model, name)
         if option.form == DENSE:
-            model.set_submodule(name, layer.to_dense())
+            linear = layer.to_dense()
+            model.set_submodule(name, to_conv1d(linear) if tables[name]["transposed"] else linear)
             options.append(option)
             continue
         (rank,) = option.ranks
@@ -107,11 +111,8 @@ def shrink(model: Any, keep: float) -> Plan:
         up, down = layer.up.weight[:, :rank].clone(), layer.down.weight[:rank].clone()
         model.set_submodule(name, LowRankLinear.from_factors(up, down, kept))
         options.append(Option(**{**vars(option), "method": "kfac"}))
-    plan = Plan(
-        options=tuple(options), method="kfac", allocation="knapsack", keep=keep, bound=chosen.bound, versions=versions()
-    )
-    adopt(model, plan)
-    return plan
+    plan = Plan(options=tuple(options), method="kfac", allocation="knapsack", keep=keep, bound=chosen.bound)
+    return finish(model, plan)
 
 
 @torch.no_grad()
@@ -147,9 +148,7 @@ def adapt(
         model.set_submodule(name, layers[name])
         options[option.sites] = Option(**{**vars(option), "form": "adaptive", "ranks": (first, rank)})
     _set_thresholds(model, layers, batches, share)
-    plan = Plan(**{**vars(plan), "options": tuple(options.values())})
-    adopt(model, plan)
-    return plan
+    return finish(model, Plan(**{**vars(plan), "options": tuple(options.values())}))
 
 
 def _set_thresholds(

@@ -241,7 +241,9 @@ def finish(model: Any, plan: Plan) -> Plan:
     if stored:
         earlier = Plan.from_dict(stored)
         calibration = {**plan.calibration, "earlier": dict(earlier.calibration)}
-        adopt(model, replace(plan, options=(*earlier.factorized, *plan.options), calibration=calibration))
+        anew = {name for option in plan.options for name in option.sites}
+        kept = [option for option in earlier.factorized if not anew & set(option.sites)]
+        adopt(model, replace(plan, options=(*kept, *plan.options), calibration=calibration))
     else:
         adopt(model, plan)
     return plan

@@ -121,9 +121,15 @@ def _nvml(device: torch.device) -> Meter:
     return Meter("nvml", "the whole accelerator, whoever uses it", read)
 
 
+def _is_package(path: Path) -> bool:
+    """Whether a counter is one of a whole processor; parts of it, and the platform around it, would count it twice."""
+    name = path / "name"
+    return path.name.count(":") == 1 and (not name.exists() or name.read_text().startswith("package"))
+
+
 def _rapl(powercap: Path) -> Meter:
     """The processors' counters, which start again at 0 when they are full."""
-    packages = [path for path in sorted(powercap.glob("intel-rapl:*")) if path.name.count(":") == 1]
+    packages = [path for path in sorted(powercap.glob("intel-rapl:*")) if _is_package(path)]
     if not packages:
         return Meter("unavailable", "no RAPL counter: this machine shows none under /sys/class/powercap")
     try:

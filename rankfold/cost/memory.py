@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.cost.latency import cache_of
-from rankfold.modules import SpQRLinear
+from rankfold.modules import JointLinear, SharedFactors, SpQRLinear
 from rankfold.shards import shard_files
 
 
@@ -78,11 +78,12 @@ def peak_bytes(model: Any, tokens: int, batch_size: int = 1) -> tuple[int | None
     """
     device = next(model.parameters()).device
     ids = torch.full((batch_size, tokens), 3, device=device)
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        model(input_ids=ids)
+        model(**inputs)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before, "device, PyTorch's allocator"
     marks = Path("/proc/self/clear_refs")
@@ -91,7 +92,7 @@ def peak_bytes(model: Any, tokens: int, batch_size: int = 1) -> tuple[int | None
     except OSError as error:
         return None, f"unavailable: the peak of the process cannot be set back ({error.strerror})"
     before = _resident("VmRSS")
-    model(input_ids=ids)
+    model(**inputs)
     return _resident("VmHWM") - before, "host, resident pages"
 
 
@@ -124,7 +125,19 @@ def reading(model: Any) -> Reading:
             state = getattr(weight, "quant_state", None)
             stored += weight.numel() * weight.element_size()
             multiplied += weight.numel() if state is None else state.shape.numel()
+        else:
+            numbers = sum(part.numel() for part in _loose_matrices(module))
+            stored += sum(part.numel() * part.element_size() for part in _loose_matrices(module))
+            multiplied += numbers
     return Reading(stored, multiplied)
+
+
+def _loose_matrices(module: nn.Module) -> list[Tensor]:
+    """Matrices that no linear layer holds: experts in one 3-D parameter, factors that a stack of layers shares."""
+    own = list(module.parameters(recurse=False))
+    if isinstance(module, (SharedFactors, JointLinear)):
+        return [part for part in own if part is not getattr(module, "own_bias", None)]
+    return [part for part in own if part.ndim == 3]
 
 
 def disk_bytes(folder: str | Path) -> int | None:

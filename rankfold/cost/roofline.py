@@ -119,7 +119,9 @@ def time_layers(
         on_round: Called after each of `ROUNDS` rounds.
     """
     size = torch.finfo(dtype).bits // 8
-    copies = [[_weights(layer, device, dtype) for _ in range(_copies(layer, size))] for layer in layers]
+    # The other layers' turns empty a cache too, so each needs its part of the bytes only.
+    each = max(CACHE_BYTES // max(len(layers) - 1, 1), 2**26)
+    copies = [[_weights(layer, device, dtype) for _ in range(_copies(layer, size, each))] for layer in layers]
     times: list[list[float]] = [[] for _ in layers]
     busy = wall = 0.0
     for number in range(ROUNDS + 1):
@@ -145,10 +147,9 @@ def time_layers(
     ]
 
 
-def _copies(layer: Layer, size: int) -> int:
-    """Enough weights that a round reads none from a cache."""
-    stored = size * sum(rows * columns for rows, columns in layer.shapes)
-    return max(1, -(-CACHE_BYTES // stored)) if stored < CACHE_BYTES else 1
+def _copies(layer: Layer, size: int, least: int) -> int:
+    """How often a layer's weights are there, to fill so many bytes."""
+    return max(1, -(-least // (size * sum(rows * columns for rows, columns in layer.shapes))))
 
 
 def _weights(layer: Layer, device: str, dtype: torch.dtype) -> list[Tensor]:

@@ -14,7 +14,7 @@ from rankfold.compress import factorize_site
 from rankfold.cost import memory_bytes, parameter_count, relative_cost
 from rankfold.exploration.space import DesignSpace, Losses, Point, multiplications
 from rankfold.factorization import SiteMoments
-from rankfold.modules import linear_at, with_layers
+from rankfold.modules import linear_at, use_eager_experts, with_layers
 from rankfold.plan import DENSE, Plan
 from rankfold.quality import Score, Scorer, paired_difference
 
@@ -51,6 +51,7 @@ class Bench:
         """Remember the dense model."""
         self.dense_score: Score = self.score(self.model)
         self._dense = {site.name: linear_at(self.model, site.name) for site in self.space.sites}
+        use_eager_experts(self.model)
         self.dense_parameters = parameter_count(self.model)
         self.dense_bytes = memory_bytes(self.model)
         self._site_parameters = sum(site.parameters for site in self.space.sites)

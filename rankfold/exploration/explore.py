@@ -15,7 +15,7 @@ from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.compress import predicted_losses
 from rankfold.exploration.bench import Bench
 from rankfold.exploration.space import DesignSpace, choices
-from rankfold.exploration.study import Done, finished, open_study, search
+from rankfold.exploration.study import Done, failures, finished, open_study, search
 from rankfold.factorization import METHODS
 from rankfold.measure import default_length, scorer_for
 from rankfold.pipeline import Stage, fingerprint
@@ -73,7 +73,16 @@ class Worker(NamedTuple):
         search(
             self.study, self.bench, settings.trials, strategy=settings.strategy, seed=settings.seed, on_trial=on_trial
         )
-        return finished(self.study, self.bench)
+        return _all_of(self)
+
+
+def _all_of(worker: Worker) -> list[Done]:
+    """The finished trials; an error where there is none."""
+    done = finished(worker.study, worker.bench)
+    if not done:
+        reasons = "; ".join(failures(worker.study)) or "none was measured"
+        raise ValueError(f"No trial of the study gave numbers: {reasons}.")
+    return done
 
 
 def prepare(settings: Exploration, stage: Stage) -> Worker:
@@ -151,7 +160,9 @@ def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: 
         ray: Any = ray_library
     except ImportError as error:
         raise ValueError("Workers on a cluster need Ray: pip install 'rankfold[ray]'") from error
-    # The study is made, and whatever is wrong with the settings said, before anything is started.
+    # The study is made, and whatever is wrong with the settings said, before anything is started. Workers run in
+    # folders of their own, so paths become absolute.
+    settings = _absolute(settings)
     worker = prepare(settings, stage)
     if not ray.is_initialized():
         try:
@@ -173,12 +184,28 @@ def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: 
     running = [task.remote(settings, number) for number in range(workers)]
     advance, seen = stage("trials", settings.trials), 0
     while running:
-        _, running = ray.wait(running, num_returns=len(running), timeout=1.0)
+        ready, running = ray.wait(running, num_returns=len(running), timeout=1.0)
+        try:
+            ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            raise ValueError(f"A worker failed: {error.cause}") from error
         done = finished(worker.study, worker.bench)
         for _ in range(len(done) - seen):
             advance()
         seen = len(done)
-    return finished(worker.study, worker.bench)
+    return _all_of(worker)
+
+
+def _absolute(settings: Exploration) -> Exploration:
+    """The settings with the paths of what lies here made absolute."""
+    own = asdict(settings)
+    for name in ("model", "calibration", "text", "labels"):
+        if own[name] is not None and Path(str(own[name])).exists():
+            own[name] = str(Path(str(own[name])).resolve())
+    file = settings.study.removeprefix("sqlite:///")
+    if file != settings.study:
+        own["study"] = f"sqlite:///{Path(file).resolve()}"
+    return Exploration(**own)
 
 
 def _work(settings: Exploration, number: int) -> int:

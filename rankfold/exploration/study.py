@@ -9,7 +9,6 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,12 +83,12 @@ def open_study(url: str, name: str, facts: Mapping[str, Any], objectives: Sequen
         return study
     if stored["study_version"] > STUDY_VERSION:
         raise ValueError(
-            f"{_shown(url)}: the study {name!r} was made by a newer rankfold (version {stored['study_version']} of "
+            f"{shown(url)}: the study {name!r} was made by a newer rankfold (version {stored['study_version']} of "
             f"what a study stores, this one reads up to {STUDY_VERSION}). Install it: pip install --upgrade rankfold"
         )
     if stored.get("fingerprint") != facts["fingerprint"] or stored.get("objectives") != list(objectives):
         raise ValueError(
-            f"{_shown(url)}: the study {name!r} is one of another model, text, space or objectives "
+            f"{shown(url)}: the study {name!r} is one of another model, text, space or objectives "
             f"({stored.get('model', 'unknown model')}, {', '.join(stored.get('objectives', []))}). Give this one "
             "another --name, or another --study."
         )
@@ -113,23 +112,27 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
             heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
         )
     except ImportError as error:
-        raise ValueError(f"{_shown(url)}: its driver is missing: pip install 'rankfold[postgres]'") from error
+        raise ValueError(f"{shown(url)}: its driver is missing: pip install 'rankfold[postgres]'") from error
     except (ArgumentError, NoSuchModuleError) as error:
         raise ValueError(
-            f"{_shown(url)}: a study lies in a database such as sqlite:///study.db or postgresql://user@host/name."
+            f"{shown(url)}: a study lies in a database such as sqlite:///study.db or postgresql://user@host/name."
         ) from error
     except OperationalError as error:
         raise ValueError(
-            f"{_shown(url)}: the database cannot be reached ({str(error.orig).strip().splitlines()[0]}). Start it, or "
+            f"{shown(url)}: the database cannot be reached ({str(error.orig).strip().splitlines()[0]}). Start it, or "
             "correct the address."
         ) from error
 
 
-def _shown(url: str) -> str:
-    """The address without its password."""
-    head, at, rest = url.rpartition("@")
-    scheme, colon, user = head.partition("://")
-    return f"{scheme}{colon}{user.partition(':')[0]}{at}{rest}" if at else url
+def shown(url: str) -> str:
+    """An address without what is secret in it: its password, and its query."""
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url
 
 
 def search(
@@ -144,7 +147,8 @@ def search(
     """Work on a study until it has so many trials, together with whoever else works on it.
 
     A worker that dies leaves its trial to be done again by another; a point that was tried already is not measured
-    again. The first trials are the starting points (`policy.starting_points`).
+    again. The first trials are the starting points (`policy.starting_points`). A point at which the model gives no
+    finite numbers is a trial that failed, with the reason, and counts.
 
     Args:
         study: From `open_study`.
@@ -155,39 +159,55 @@ def search(
         on_trial: Called after each trial of this worker.
 
     Raises:
-        ValueError: If the strategy is unknown or a trial gives numbers that are not finite.
+        ValueError: If the strategy is unknown.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"A strategy is one of {', '.join(STRATEGIES)}, but got {strategy!r}.")
     work = _Work(study, bench, trials, strategy, seed + 1000 * len(study.trials))
+    silent: dict[int, float] = {}
     while True:
         optuna.storages.fail_stale_trials(study)
-        _bury(study)
-        states = [trial.state for trial in study.get_trials(deepcopy=False)]
-        if states.count(optuna.trial.TrialState.COMPLETE) >= trials:
+        _bury(study, silent)
+        known = study.get_trials(deepcopy=False)
+        if sum(map(_is_done, known)) >= trials:
             return
-        waiting = states.count(optuna.trial.TrialState.WAITING)
-        if not waiting and sum(state in _OCCUPIED for state in states) >= trials:
+        waiting = any(trial.state == optuna.trial.TrialState.WAITING for trial in known)
+        if not waiting and sum(map(_is_taken, known)) >= trials:
             # The rest is with other workers, of which one may have died.
             time.sleep(0.5)
             continue
-        study.optimize(work, n_trials=1, catch=(_SuperfluousError,))
+        study.optimize(work, n_trials=1, catch=(_SuperfluousError, _FailedTrialError))
         on_trial()
 
 
-_OCCUPIED = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.RUNNING)
+def _is_done(trial: Any) -> bool:
+    """Whether a trial counts: it gave numbers, or the model gave none at its point."""
+    return trial.state == optuna.trial.TrialState.COMPLETE or "failed" in trial.user_attrs
+
+
+def _is_taken(trial: Any) -> bool:
+    return _is_done(trial) or trial.state == optuna.trial.TrialState.RUNNING
 
 
 class _SuperfluousError(Exception):
     """Several workers asked for the last trial."""
 
 
-def _bury(study: optuna.Study) -> None:
-    """Give up trials whose worker was killed before its first sign of life; the others Optuna finds by itself."""
-    now = datetime.now()
+class _FailedTrialError(Exception):
+    """The model gives no finite numbers at a point."""
+
+
+def _bury(study: optuna.Study, silent: dict[int, float]) -> None:
+    """Give up trials whose worker was killed before its first sign of life; the others Optuna finds by itself.
+
+    Args:
+        study: The study.
+        silent: When this process first saw a trial without a point, by its own clock: those of machines differ.
+    """
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        started = trial.datetime_start
-        if "point" not in trial.user_attrs and started and (now - started).total_seconds() > GRACE:
+        if "point" in trial.user_attrs:
+            continue
+        if time.monotonic() - silent.setdefault(trial.number, time.monotonic()) > GRACE:
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
 
@@ -206,7 +226,7 @@ class _Work:
     def __call__(self, trial: optuna.Trial) -> tuple[float, ...]:
         """The objectives at the trial's point."""
         known = self.study.get_trials(deepcopy=False)
-        if sum(other.state in _OCCUPIED for other in known if other.number < trial.number) >= self.trials:
+        if sum(_is_taken(other) for other in known if other.number < trial.number) >= self.trials:
             raise _SuperfluousError
         # A trial that is done again for a dead worker has its point already.
         point = tuple(trial.user_attrs.get("point", ())) or self._choose(trial, known)
@@ -215,7 +235,11 @@ class _Work:
             trial.set_user_attr("same_as", earlier.number)
             trial.set_user_attr("error", earlier.user_attrs["error"])
             return tuple(earlier.values)
-        found: Trial = self.bench.measure(point, self.objectives)
+        try:
+            found: Trial = self.bench.measure(point, self.objectives)
+        except ValueError as error:
+            trial.set_user_attr("failed", str(error)[:500])
+            raise _FailedTrialError from error
         trial.set_user_attr("error", found.error)
         return tuple(float(found.values[name]) for name in self.objectives)
 
@@ -223,7 +247,11 @@ class _Work:
         start, point = self._start(trial.number, known)
         if not start:
             point = self._proposed(trial)
-        for key, value in (("point", point), ("start", start), ("worker", f"{platform.node()}:{os.getpid()}")):
+        elif trial.number < len(self.starts) and self.starts[trial.number][2] is not None:
+            # The sampler gives the numbers of this start, from which the search learns.
+            self._drawn(trial)
+        # The point last: with it the trial can be done again.
+        for key, value in (("start", start), ("worker", f"{platform.node()}:{os.getpid()}"), ("point", point)):
             trial.set_user_attr(key, value)
         return point
 
@@ -231,7 +259,7 @@ class _Work:
         """The starting point of this number, or one whose trial died before it had begun."""
         if number < len(self.starts):
             return self.starts[number][:2]
-        alive = [other for other in known if other.state in _OCCUPIED]
+        alive = [other for other in known if _is_taken(other)]
         claimed = {other.user_attrs.get("start") for other in alive}
         claimed |= {self.starts[other.number][0] for other in alive if other.number < len(self.starts)}
         return next(((name, point) for name, point, _ in self.starts if name not in claimed), ("", ()))
@@ -240,10 +268,11 @@ class _Work:
         space = self.bench.space
         if self.strategy == "random":
             return space.sample(self.rng)
+        return point_of(space, self.table, _policy(self._drawn(trial)))
+
+    def _drawn(self, trial: optuna.Trial) -> dict[str, float]:
         ranges = _distributions(self.bench, self.table)
-        return point_of(
-            space, self.table, _policy({n: trial.suggest_float(n, d.low, d.high) for n, d in ranges.items()})
-        )
+        return {name: trial.suggest_float(name, d.low, d.high) for name, d in ranges.items()}
 
 
 def _distributions(bench: Bench, table: Prices) -> dict[str, optuna.distributions.FloatDistribution]:
@@ -290,7 +319,9 @@ class _Sampler(optuna.samplers.BaseSampler):
                 return dict(self._inner.sample_relative(study, trial, search_space))
             return {name: self.sample_independent(study, trial, name, d) for name, d in search_space.items()}
         plain = dict.fromkeys(self._distributions, 0.0)
-        return {**plain, "keep": start.keep, **{f"kind {kind}": power for kind, power in start.kinds.items()}}
+        keep = self._distributions["keep"]
+        kinds = {f"kind {kind}": power for kind, power in start.kinds.items() if f"kind {kind}" in plain}
+        return {**plain, "keep": min(max(start.keep, keep.low), keep.high), **kinds}
 
     def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
@@ -299,13 +330,20 @@ class _Sampler(optuna.samplers.BaseSampler):
         self._inner.after_trial(study, trial, state, values)
 
 
+def failures(study: optuna.Study) -> list[str]:
+    """Why trials failed, each reason once."""
+    return list(
+        dict.fromkeys(t.user_attrs["failed"] for t in study.get_trials(deepcopy=False) if "failed" in t.user_attrs)
+    )
+
+
 def finished(study: optuna.Study, bench: Bench) -> list[Done]:
     """The finished trials, in the order in which they began."""
     objectives = study.user_attrs["objectives"]
     return [
         Done(
             trial.number,
-            trial.user_attrs["start"],
+            trial.user_attrs.get("start", ""),
             tuple(trial.user_attrs["point"]),
             bench.space.plan(tuple(trial.user_attrs["point"]), bench.losses),
             dict(zip(objectives, trial.values, strict=True)),

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfold.factorization.factors import check_finite
+from rankfold.factorization.factors import check_finite, check_rank
 from rankfold.factorization.tucker import tucker_stack
 
 MAX_ITERATIONS = 200
@@ -65,7 +65,7 @@ def joint_cp(stack: Float[Tensor, "stack out in"], ranks: tuple[int, ...], seed:
     check_finite(stack)
     (rank,) = ranks
     found = decomposition.parafac(
-        stack.double().numpy(), rank, init="random", random_state=np.random.RandomState(seed),
+        stack.double().cpu().numpy(), rank, init="random", random_state=np.random.RandomState(seed),
         n_iter_max=MAX_ITERATIONS, normalize_factors=True, tol=1e-9,
     )  # fmt: skip
     mix, up, down = (torch.from_numpy(np.ascontiguousarray(part)) for part in found.factors)
@@ -78,13 +78,15 @@ def joint_tensor_train(stack: Float[Tensor, "stack out in"], ranks: tuple[int, .
     decomposition = _tensorly()
     check_finite(stack)
     first, second = ranks
-    train = decomposition.tensor_train(stack.double().numpy(), rank=[1, first, second, 1])
+    check_rank(first, min(len(stack), stack[0].numel()))
+    check_rank(second, min(first * stack.shape[1], stack.shape[2]))
+    train = decomposition.tensor_train(stack.double().cpu().numpy(), rank=[1, first, second, 1])
     mix, up, down = (torch.from_numpy(np.ascontiguousarray(part)) for part in train)
     return _finished(stack, {"up": up, "down": down[:, :, 0].contiguous()}, mix[0])
 
 
 def _finished(stack: Tensor, shared: dict[str, Tensor], mix: Tensor) -> JointFactors:
-    error = float((JointFactors(shared, mix, 0.0).product() - stack.double()).square().sum())
+    error = float((JointFactors(shared, mix, 0.0).product() - stack.double().cpu()).square().sum())
     if not np.isfinite(error):
         raise ValueError(
             "The decomposition must converge, but its factors are not finite. Try another seed or a lower rank."

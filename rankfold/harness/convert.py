@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from rankfold.harness.layouts import BENCHMARKS, json_rows
 Row = dict[str, Any]
 Named = tuple[str, Row]
 """Name of the file that a row goes into, without `.jsonl`, and the row."""
+
+SPLITS = {"test": "test", "validation": "validation", "val": "validation", "train": "train", "dev": "dev"}
+"""Words in the names of files, and the splits that they stand for."""
 
 LETTERS = "ABCDEFGH"
 
@@ -62,11 +66,17 @@ def _read(file: Path) -> Iterator[Named]:
         yield from _truthfulqa(file)
     if not plain.endswith(".jsonl"):
         return
-    split = next((split for split in ("test", "validation", "train", "dev") if split in plain), None)
-    for mark, convert in CONVERTERS.items():
-        if mark in f"{file.parent.name.lower()}/{plain}":
-            yield from convert((row for _, row in json_rows(file)), split or "test", plain)
-            return
+    split = next((name for mark, name in SPLITS.items() if _stands_in(mark, plain)), "test")
+    # The name of the file says more than that of its folder.
+    for place in (plain, file.parent.name.lower()):
+        for mark, convert in CONVERTERS.items():
+            if _stands_in(mark, place):
+                yield from convert((row for _, row in json_rows(file)), split, plain)
+                return
+
+
+def _stands_in(word: str, name: str) -> bool:
+    return re.search(rf"(?<![a-z]){word}(?![a-z])", name) is not None
 
 
 def _arc(rows: Iterable[Row], split: str, name: str) -> Iterator[Named]:
@@ -82,6 +92,8 @@ def _arc(rows: Iterable[Row], split: str, name: str) -> Iterator[Named]:
 
 def _hellaswag(rows: Iterable[Row], split: str, name: str) -> Iterator[Named]:
     for row in rows:
+        if "gold" not in row and row.get("label") in (None, ""):
+            continue  # the test rows are published without their answers
         if "gold" not in row:
             yield f"hellaswag.{split}", {**row, "label": str(row["label"])}
             continue
@@ -106,6 +118,12 @@ def _mmlu(rows: Iterable[Row], split: str, name: str) -> Iterator[Named]:
 
 def _plain(task: str) -> Callable[[Iterable[Row], str, str], Iterator[Named]]:
     return lambda rows, split, name: ((f"{task}.{split}", row) for row in rows)
+
+
+def _winogrande(rows: Iterable[Row], split: str, name: str) -> Iterator[Named]:
+    for row in rows:
+        if row.get("answer"):  # the test rows have none
+            yield f"winogrande.{'validation' if split == 'dev' else split}", row
 
 
 def _lambada(rows: Iterable[Row], split: str, name: str) -> Iterator[Named]:
@@ -143,7 +161,7 @@ CONVERTERS: dict[str, Callable[[Iterable[Row], str, str], Iterator[Named]]] = {
     "arc": _arc,
     "hellaswag": _hellaswag,
     "mmlu": _mmlu,
-    "winogrande": _plain("winogrande"),
+    "winogrande": _winogrande,
     "gsm8k": _plain("gsm8k"),
     "lambada": _lambada,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import numbers
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -125,8 +126,10 @@ def _answers(result: Mapping[str, Any], name: str, version: str) -> Answers:
         for sample in sorted(result["samples"][task], key=lambda sample: sample["doc_id"]):
             for metric in sample["metrics"]:
                 key = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-                if wanted is None or key in wanted:
+                if (wanted is None or key in wanted) and isinstance(sample[metric], numbers.Real):
                     values.setdefault(key, []).append(float(sample[metric]))
+    if not values:
+        raise ValueError(f"{name}: this task has no metric that is a number for each item, so models cannot be paired.")
     shots = set(result["n-shot"].values())
     ordered = {key: values[key] for key in wanted or values if key in values}
     return Answers(ordered, shots.pop() if len(shots) == 1 else None, version)

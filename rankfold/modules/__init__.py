@@ -13,7 +13,7 @@ from rankfold.modules.install import (
     use_eager_experts,
     with_layers,
 )
-from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear
+from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear, SharedFactors
 from rankfold.modules.linear_stack import LinearStack, restack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.module_weight import ModuleWeight
@@ -32,6 +32,7 @@ __all__ = [
     "LowRankLinear",
     "ModuleWeight",
     "PivotedLinear",
+    "SharedFactors",
     "SpQRLinear",
     "TuckerLinear",
     "install",

@@ -13,7 +13,8 @@ class AdaptiveLinear(LowRankLinear):
     """`y = up(down(x))` of rank `small` for every token, of rank `large` where the small one reads too little of it.
 
     The factors are ordered, most important first. A token needs the rest of them if the share of its squared length
-    that the first `small` rows of `down` read is below `threshold`; nothing else is computed beyond the products.
+    that the first `small` rows of `down` read is below `threshold`; nothing else is computed beyond the products. What
+    stands for a matrix, `product` and `to_dense`, is that of the large rank.
     """
 
     def __init__(

@@ -24,8 +24,11 @@ FORMS: dict[str, type[FactorizedLinear]] = {
     "low_rank": LowRankLinear,
     "tucker": TuckerLinear,
     "pivoted": PivotedLinear,
-    "adaptive": AdaptiveLinear,
 }
+"""Forms of one matrix."""
+
+DEPENDING: dict[str, type[FactorizedLinear]] = {"adaptive": AdaptiveLinear}
+"""Forms whose matrix depends on the input."""
 
 
 class Factorized:
@@ -76,7 +79,7 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
             dense = linear_at(model, path)
             out_features, in_features = linear_shape(dense)
             like = dense.weight
-            form = FORMS[option["form"]]
+            form = {**FORMS, **DEPENDING}[option["form"]]
             extra = {"pivots": mask} if mask else {}
             ranks, bias = tuple(option["ranks"]), option.get("bias", False)
             empty = form(in_features, out_features, ranks, bias, like.device, like.dtype, **extra)

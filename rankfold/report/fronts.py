@@ -80,11 +80,14 @@ class _Point:
 
 
 def _trials(records: Sequence[Record]) -> Iterator[_Point]:
-    by_trial: dict[str, list[Record]] = {}
+    by_trial: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if "trial" in record.context:
-            by_trial.setdefault(record.subject, []).append(record)
-    for name, found in by_trial.items():
+            study = f"{record.context.get('model', '')} {record.context.get('study', '')}"
+            by_trial.setdefault((study, record.subject), []).append(record)
+    several = len({study for study, _ in by_trial}) > 1
+    for (study, subject), found in by_trial.items():
+        name = f"{study.split()[0]}, {subject}" if several else subject
         values = {record.name: float(record.value) for record in found if record.value is not None}
         quality = values.pop("quality", None)
         if quality is None:
@@ -99,17 +102,22 @@ def _trials(records: Sequence[Record]) -> Iterator[_Point]:
 def _measured(records: Sequence[Record]) -> Iterator[_Point]:
     """Models that were measured beside a dense one, which is a point itself."""
     losses = [record for record in records if record.name in ("loss", "masked_loss") and "data" in record.context]
-    if not losses:
-        return
-    data = losses[0].context["data"]
-    dense = next((r.value for r in losses if r.subject == "dense" and r.context["data"] == data), None)
-    if dense is None:
-        return
+    seen: set[tuple[str, str]] = set()
     for record in losses:
-        if record.context["data"] != data or record.value is None:
+        file = str(record.context.get("file", ""))
+        data = next(other.context["data"] for other in losses if other.context.get("file", "") == file)
+        # A model is compared with the dense one of its own file.
+        dense = next(
+            (o.value for o in losses if o.subject == "dense" and o.context.get("file", "") == file
+             and o.context["data"] == data),
+            None,
+        )  # fmt: skip
+        if record.value is None or dense is None or record.context["data"] != data or (file, record.subject) in seen:
             continue
+        seen.add((file, record.subject))
         values: dict[str, float] = {}
         for other in records:
-            if other.subject == record.subject and other.name in COSTS and other.value is not None:
+            same = other.subject == record.subject and other.context.get("file", "") == file
+            if same and other.name in COSTS and other.value is not None:
                 values.setdefault("bytes" if other.name == "memory" else other.name, float(other.value))
         yield _Point("measured", record.subject, record.value - dense, record.error, values)

@@ -14,10 +14,11 @@ def heat(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
     """Block x tensor: what each site costs alone, and what the chosen plan keeps of it."""
     figures: list[Figure] = []
     studied = [r for r in records if r.name.endswith("_rise") and len(r.context.get("sites", ())) == 1]
-    for share in sorted({float(record.context["share"]) for record in studied}):
-        cells = {r.context["sites"][0]: float(r.value or 0) for r in studied if float(r.context["share"]) == share}
+    for subject, share in sorted({(record.subject, float(record.context["share"])) for record in studied}):
+        chosen = [r for r in studied if r.subject == subject and float(r.context["share"]) == share]
+        cells = {r.context["sites"][0]: float(r.value or 0) for r in chosen}
         rank = "rank 1" if share == 0 else f"{share:g} of the full rank"
-        caption = f"Rise of the loss when one site alone has {rank}, everything else dense."
+        caption = f"{subject}: rise of the loss when one site alone has {rank}, everything else dense."
         figures.append(_map(f"heat-{len(figures)}", cells, caption, studied[0].unit))
     if plan is not None:
         kept = {name: _kept(option) for option in plan.options for name in option.sites}
@@ -73,10 +74,12 @@ def _place(site: str) -> tuple[str, str]:
 
 def studies(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
     """Rise of the loss against what was removed, for every group of a study."""
-    found = [r for r in records if r.name.endswith("_rise") and "by" in r.context and r.context["by"] != "site"]
+    found = [
+        r for r in records if r.name.endswith("_rise") and r.context.get("by", "site") != "site" and r.value is not None
+    ]
     figures = []
-    for number, by in enumerate(dict.fromkeys(str(record.context["by"]) for record in found)):
-        chosen = [record for record in found if record.context["by"] == by]
+    for number, key in enumerate(dict.fromkeys(map(_study_of, found))):
+        chosen, by = [record for record in found if _study_of(record) == key], key[-1]
         if len({record.context["share"] for record in chosen}) == 1:
             figures.append(_bars(f"study-{number}", by, chosen))
             continue
@@ -112,6 +115,10 @@ def studies(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
         )  # fmt: skip
     if figures:
         yield Section(name="studies", title="What a rank costs", figures=figures)
+
+
+def _study_of(record: Record) -> tuple[str, ...]:
+    return record.subject, str(record.context.get("method", "")), str(record.context["by"])
 
 
 def _bars(name: str, by: str, chosen: Sequence[Record]) -> Figure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -34,14 +35,16 @@ def read_records(files: Sequence[Path]) -> list[Record]:
                 continue
             try:
                 record = Record.from_json(line)
-                float(record.value or 0)
+                if not math.isfinite(float(record.value or 0)) or not math.isfinite(float(record.error or 0)):
+                    raise ValueError(f"{record.name} is not finite")
             except (ValueError, TypeError) as error:
                 raise ValueError(
                     f"{file}, line {number}: this is no record that this rankfold knows ({error}). If a newer one "
                     "wrote it, install that: pip install --upgrade rankfold"
                 ) from error
-            if record.subject in ("model", "compressed") and len(files) > 1:
-                record = Record(**{**vars(record), "subject": file.stem})
+            facts = {**record.context, "file": file.stem}
+            named = record.subject in ("model", "compressed") and len(files) > 1
+            record = Record(**{**vars(record), "subject": file.stem if named else record.subject, "context": facts})
             records.append(record)
     if not records:
         raise ValueError(f"{', '.join(map(str, files))}: a report needs at least one record, but there is none.")

@@ -231,3 +231,16 @@ def test_the_harness_runs_programs_in_the_sandbox(bundled: Path, tmp_path: Path)
     model = HFLM(pretrained=load_model(bundled, dtype=torch.float32), tokenizer=load_tokenizer(bundled))
     result = lm_eval.simple_evaluate(model=model, tasks=["local"], task_manager=manager, bootstrap_iters=0)
     assert result["results"]["local"]["pass@1,none"] == 0
+
+
+def test_official_names_of_files_are_recognized(tmp_path: Path) -> None:
+    folder = tmp_path / "research"
+    folder.mkdir()
+    row = {"ctx_a": "a", "ctx_b": "b", "activity_label": "c", "endings": ["d"], "label": 0}
+    (folder / "hellaswag_val.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "hellaswag_test.jsonl").write_text(json.dumps({**row, "label": ""}) + "\n")
+    (tmp_path / "winogrande_1.1").mkdir()
+    asked = {"sentence": "a _ b", "option1": "x", "option2": "y"}
+    (tmp_path / "winogrande_1.1" / "dev.jsonl").write_text(json.dumps({**asked, "answer": "1"}) + "\n")
+    (tmp_path / "winogrande_1.1" / "test.jsonl").write_text(json.dumps(asked) + "\n")
+    assert convert_data(tmp_path, tmp_path / "out") == {"hellaswag.validation": 1, "winogrande.validation": 1}

@@ -12,6 +12,7 @@ import pytest
 
 from rankfold.plan import Option, Plan
 from rankfold.record import Record
+from rankfold.report.fronts import pareto
 from rankfold.report.page import read_records, write_page
 
 CONTEXT = {"model": "m", "seed": 0, "versions": {"python": "3.11", "rankfold": "0.1.0"}, "hardware": {"cpu": "x"}}
@@ -201,6 +202,16 @@ def test_bad_records_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         write_page(everything(), tmp_path / "nowhere" / "report.html")
     assert list(tmp_path.glob(".*.part")) == []
+
+
+def test_trials_of_two_studies_are_not_mixed(tmp_path: Path) -> None:
+    records = []
+    for model, quality in (("a", 0.1), ("b", 0.2)):
+        for name, value in (("quality", quality), ("bytes", 10.0)):
+            facts = {**CONTEXT, "model": model, "trial": 0, "start": "", "on_front": True}
+            records.append(Record(subject="trial 0", name=name, value=value, unit="1", context=facts))
+    (section,) = pareto(records, None)
+    assert [row[1] for row in section.figures[0].rows] == ["a, trial 0", "b, trial 0"]
 
 
 def test_names_of_files_tell_models_apart(tmp_path: Path) -> None:
