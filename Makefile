@@ -32,7 +32,7 @@ test: check
 $(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet -c constraints.txt torch
-	$(OLDEST)/bin/pip install --quiet -c constraints.txt -c constraints-oldest.txt -e '.[dev]'
+	$(OLDEST)/bin/pip install --quiet -c constraints.txt -c constraints-oldest.txt -e '.[test]'
 	touch $@
 
 # Left out is what does not touch transformers, or is the same again.
