@@ -247,7 +247,6 @@ Written by rankfold when the checkpoint was saved. With rankfold imported this f
 
 from __future__ import annotations
 
-import copy
 import operator
 from functools import cache
 from collections.abc import Callable, Iterable, Mapping

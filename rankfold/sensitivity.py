@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from rankfold.calibration import calibrate, summed_loss
-from rankfold.compress import compress, restore
+from rankfold.compress import compress, restore, with_layers
 from rankfold.factorization import METHODS
-from rankfold.modules import linear_at, with_layers
+from rankfold.modules import linear_at
 from rankfold.plan import Option, Plan, stored_parameters
 from rankfold.quality import Score, Scorer, paired_difference
 from rankfold.record import Record, whole_lines

@@ -11,7 +11,7 @@ from rankfold.compress.replace import (
     matrix_of,
     predicted_losses,
 )
-from rankfold.compress.rounds import compress_in_rounds, restore
+from rankfold.compress.rounds import compress_in_rounds, restore, with_layers
 
 __all__ = [
     "adapt",
@@ -27,4 +27,5 @@ __all__ = [
     "predicted_losses",
     "restore",
     "shrink",
+    "with_layers",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -89,6 +90,16 @@ def restore(model: Any, dense: Mapping[str, nn.Module], earlier: Mapping[str, An
         release(model)
     else:
         model.config.rankfold = dict(earlier)
+
+
+def with_layers(model: Any, layers: Mapping[str, nn.Module]) -> Any:
+    """A copy of a model that shares all numbers with it, with other layers at some paths."""
+    shared = {id(part): part for part in [*model.parameters(), *model.buffers()]}
+    made = copy.deepcopy(model, shared)
+    for name, layer in layers.items():
+        linear_at(made, name)
+        made.set_submodule(name, layer)
+    return made
 
 
 def _reached(moments: SiteMoments) -> bool:

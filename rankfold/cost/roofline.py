@@ -16,6 +16,9 @@ from rankfold.cost.latency import now
 CACHE_BYTES = 3 * 2**28
 """Weights are taken in turns from more bytes than a last-level cache holds."""
 
+MOST_COPIES = 128
+"""Of layers so small that calls are all of their time."""
+
 ROUNDS = 9
 
 
@@ -149,7 +152,8 @@ def time_layers(
 
 def _copies(layer: Layer, size: int, least: int) -> int:
     """How often a layer's weights are there, to fill so many bytes."""
-    return max(1, -(-least // (size * sum(rows * columns for rows, columns in layer.shapes))))
+    stored = size * sum(rows * columns for rows, columns in layer.shapes)
+    return min(max(1, -(-least // stored)), MOST_COPIES)
 
 
 def _weights(layer: Layer, device: str, dtype: torch.dtype) -> list[Tensor]:

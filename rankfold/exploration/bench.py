@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from rankfold.compress import factorize_site
+from rankfold.compress import factorize_site, with_layers
 from rankfold.cost import memory_bytes, parameter_count, relative_cost
 from rankfold.exploration.space import DesignSpace, Losses, Point, multiplications
 from rankfold.factorization import SiteMoments
-from rankfold.modules import linear_at, use_eager_experts, with_layers
+from rankfold.modules import linear_at, use_eager_experts
 from rankfold.plan import DENSE, Plan
 from rankfold.quality import Score, Scorer, paired_difference
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 def front(points: Sequence[Sequence[float]]) -> list[int]:
     """Positions of the points that no other point beats, less being better; of equal points the first.
 
-    >>> front([(1, 4), (2, 2), (3, 3), (2, 2)])
+    >>> front([(1.0, 4.0), (2.0, 2.0), (3.0, 3.0), (2.0, 2.0)])
     [0, 1]
     """
     return [
@@ -26,7 +26,7 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float]) -
 
     Sliced along the first axis, so that it suits fronts of hundreds of points in two or three dimensions.
 
-    >>> hypervolume([(1, 2), (2, 1)], (3, 3))
+    >>> hypervolume([(1.0, 2.0), (2.0, 1.0)], (3.0, 3.0))
     3.0
     """
     inside = sorted(tuple(p) for p in points if all(a < b for a, b in zip(p, reference, strict=True)))

@@ -11,7 +11,6 @@ from rankfold.modules.install import (
     put,
     resolve,
     use_eager_experts,
-    with_layers,
 )
 from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear, SharedFactors
 from rankfold.modules.linear_stack import LinearStack, restack
@@ -45,5 +44,4 @@ __all__ = [
     "statistics",
     "unpack",
     "use_eager_experts",
-    "with_layers",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,16 +37,6 @@ class Factorized:
         """Build the stock model, then install the empty factorized modules of `config.rankfold`."""
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         install(self, getattr(config, "rankfold", None) or {"options": []})  # type: ignore[arg-type]
-
-
-def with_layers(model: Any, layers: Mapping[str, nn.Module]) -> Any:
-    """A copy of a model that shares all numbers with it, with other layers at some paths."""
-    shared = {id(part): part for part in [*model.parameters(), *model.buffers()]}
-    made = copy.deepcopy(model, shared)
-    for name, layer in layers.items():
-        linear_at(made, name)
-        made.set_submodule(name, layer)
-    return made
 
 
 def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
