@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -91,9 +92,18 @@ def peak_bytes(model: Any, tokens: int, batch_size: int = 1) -> tuple[int | None
         marks.write_text("5")
     except OSError as error:
         return None, f"unavailable: the peak of the process cannot be set back ({error.strerror})"
+    _give_back()
     before = _resident("VmRSS")
     model(**inputs)
     return _resident("VmHWM") - before, "host, resident pages"
+
+
+def _give_back() -> None:
+    """Let the C library return what it holds free, which would hide new memory; others than glibc have no such call."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def _resident(name: str) -> int:
