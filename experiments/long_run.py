@@ -33,7 +33,7 @@ def main() -> None:
             continue
         model = make()
         written, seconds = write_long(model, prompt, TOKENS, window=WINDOW)
-        found = stretches(model, subject.dense, subject.tokenizer, written, seconds, length=LENGTH, window=WINDOW)
+        found = stretches(model, subject.dense, written, seconds, length=LENGTH, window=WINDOW)
         for stretch in found:
             values: dict[str, Any] = stretch._asdict()
             start = values.pop("start")

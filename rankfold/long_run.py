@@ -24,9 +24,9 @@ class Stretch(NamedTuple):
     kl: float
     """Mean divergence from the dense model's distribution on the text, in nats per token."""
     repeated: float
-    """Share of its 4-grams that stood in it before."""
+    """Share of its 4-grams of tokens that stood in it before."""
     distinct: float
-    """Share of its bigrams that are different."""
+    """Share of its bigrams of tokens that are different."""
     seconds: float
     """Per token."""
     cache_bytes: int
@@ -91,7 +91,6 @@ def write_long(
 def stretches(
     model: Any,
     dense: Any,
-    tokenizer: Any,
     written: Int[Tensor, " tokens"],
     seconds: Sequence[float],
     *,
@@ -103,7 +102,6 @@ def stretches(
     Args:
         model: The model that wrote.
         dense: The dense model.
-        tokenizer: Their tokenizer.
         written: From `write_long`.
         seconds: The same.
         length: Tokens of a stretch, a multiple of half of the window.
@@ -115,7 +113,8 @@ def stretches(
         part = written[start : start + length]
         windows = part[: length - length % (window // 2)].reshape(-1, window // 2)
         own = next_token_quality(model, windows, dense=dense)
-        text = tokenizer.decode(part)
+        # Tokens, not words: a text that goes round in circles may have no spaces.
+        text = " ".join(map(str, part.tolist()))
         found.append(
             Stretch(
                 start=start,

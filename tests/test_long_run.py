@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.checkpoint import load_model
 from rankfold.long_run import stretches, write_long
 
 
@@ -23,14 +23,17 @@ def test_within_the_window_the_run_is_ordinary_sampling(bundled: Path) -> None:
 
 
 def test_a_run_goes_on_past_what_the_model_reads(bundled: Path) -> None:
-    model, tokenizer = load_model(bundled, dtype=torch.float32), load_tokenizer(bundled)
+    model = load_model(bundled, dtype=torch.float32)
     written, seconds = write_long(model, torch.tensor([5]), 96, window=32, seed=1)
     again, _ = write_long(model, torch.tensor([5]), 96, window=32, seed=1)
     assert torch.equal(written, again)
-    found = stretches(model, model, tokenizer, written, seconds, length=32, window=32)
+    found = stretches(model, model, written, seconds, length=32, window=32)
     assert [stretch.start for stretch in found] == [0, 32, 64]
     assert all(stretch.kl == pytest.approx(0, abs=1e-6) for stretch in found)
     assert all(stretch.perplexity > 1 and stretch.seconds > 0 for stretch in found)
+    circle = torch.tensor([7, 8] * 32)
+    (turning,) = stretches(model, model, circle, [0.1] * 64, length=64, window=32)
+    assert turning.repeated == pytest.approx(1 - 2 / 61)
     assert len({stretch.cache_bytes for stretch in found}) == 1
     with pytest.raises(ValueError, match="at most half of the window"):
         write_long(model, torch.arange(20), 4, window=32)
