@@ -195,6 +195,11 @@ def qlora() -> Iterator[str]:
     yield from table(["pycode-starcoder", "parameters", "held-out loss before", "after 200 steps"], loss)
 
 
+def ratios(found: dict[str, Record], dense: dict[str, Record], names: Sequence[str]) -> list[str]:
+    """Values as many times as the dense model's."""
+    return [f"{float(found[name].value or 0) / float(dense[name].value or 1):.2f}" for name in names]
+
+
 def steps() -> Iterator[str]:
     """One compressor after the other."""
     records = read("lord_steps")
@@ -211,10 +216,7 @@ def steps() -> Iterator[str]:
         dense = found[0][1]
         rows = []
         for name, v in found:
-            speeds = [
-                f"{float(v[key].value or 0) / float(dense[key].value or 1):.2f}"
-                for key in ("prefill_1", "decode_1", "prefill_16", "decode_16")
-            ]
+            speeds = ratios(v, dense, ("prefill_1", "decode_1", "prefill_16", "decode_16"))
             rows.append([name, with_error(v["rise"]), f"{v['bits'].value:.2f}", f"{v['bytes'].value:,.0f}", *speeds])
         header = ["rise, nat/token", "bits a weight", "bytes", "prefill, batch 1", "decode, batch 1"]
         yield from table([model, *header, "prefill, batch 16", "decode, batch 16"], rows)
@@ -236,10 +238,7 @@ def speed() -> Iterator[str]:
         dense = found[0][1]
         rows = []
         for name, v in found:
-            speeds = [
-                f"{float(v[key].value or 0) / float(dense[key].value or 1):.2f}"
-                for key in ("decode_1", "decode_8", "prefill_1", "prefill_8")
-            ]
+            speeds = ratios(v, dense, ("decode_1", "decode_8", "prefill_1", "prefill_8"))
             limits = [f"{v['decode_limit'].value:.2f}", f"{v['prefill_limit'].value:.2f}"]
             share = float(v["parameters"].value or 0) / float(dense["parameters"].value or 1)
             contended = "yes" if v["parameters"].context["contended"] else "no"

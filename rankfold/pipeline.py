@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -19,6 +16,7 @@ from rankfold.allocation import ALLOCATIONS, BudgetError, allocate
 from rankfold.calibration import Corpus, calibrate, calibration_windows, make_batches, masked_batches, summed_loss
 from rankfold.compress import compress, compress_blocks, compress_in_rounds, nest, restore
 from rankfold.factorization import METHODS
+from rankfold.fingerprint import digest_of, fingerprint
 from rankfold.modules import linear_at, use_eager_experts
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.quality import next_token_quality
@@ -253,7 +251,7 @@ def compress_within(
         )
     dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
     use_eager_experts(model)
-    digest = _digest(model)
+    digest = digest_of(model)
     teacher = None
     if settings.refine and settings.refine_toward == "predictions" and predicts(model, batches[0]):
         teacher = _teacher(model, dense.values())
@@ -454,27 +452,3 @@ def _note(model: Any, plan: Plan, facts: Mapping[str, Any]) -> Plan:
     stored = dict(model.config.rankfold)
     model.config.rankfold = {**stored, "calibration": {**stored["calibration"], **facts}}
     return replace(plan, calibration={**plan.calibration, **facts})
-
-
-def _digest(model: Any) -> list[Any]:
-    """What tells one model from another of its shape: a hash of every tensor, the same on any device."""
-    digest: list[Any] = [getattr(model.config, "rankfold", None)]
-    for name, part in model.state_dict().items():
-        numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.append([name, list(part.shape), hashlib.sha256(numbers.tobytes()).hexdigest()])
-    return digest
-
-
-def fingerprint(*parts: Any) -> str:
-    """A name for work that may be gone on with: the same only if everything that it depends on is.
-
-    >>> fingerprint(1, "a") == fingerprint(1, "a"), fingerprint(1) == fingerprint(2)
-    (True, False)
-    """
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, nn.Module):
-            return _digest(value)
-        return value.tolist() if isinstance(value, Tensor) else str(value)
-
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=plain).encode()).hexdigest()[:16]

@@ -15,8 +15,9 @@ from rankfold.calibration import summed_loss
 from rankfold.checkpoint import load_model, save
 from rankfold.compress import compress_in_rounds, restore
 from rankfold.factorization import predicted_loss
+from rankfold.fingerprint import fingerprint
 from rankfold.modules import FactorizedLinear, linear_at
-from rankfold.pipeline import Budget, Settings, Text, compress_within, fingerprint, parse_bytes
+from rankfold.pipeline import Budget, Settings, Text, compress_within, parse_bytes
 
 
 def windows(count: int = 24, length: int = 16, seed: int = 0) -> torch.Tensor:

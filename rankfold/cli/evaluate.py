@@ -11,8 +11,8 @@ from rankfold.calibration import load_corpus, max_length
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.cli.options import Device, Dtype, Model, Records, Seed, check_comparable, is_decoder, to_dtype
 from rankfold.evaluation import evaluate_choices, evaluate_lines, evaluate_programs
+from rankfold.fingerprint import fingerprint
 from rankfold.measure import circumstances, table
-from rankfold.pipeline import fingerprint
 from rankfold.quality import Sampling
 from rankfold.quality.code import load_tasks, strongest_protection
 from rankfold.record import Record

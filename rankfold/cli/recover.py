@@ -12,8 +12,8 @@ import typer
 from rankfold.calibration import check_length
 from rankfold.checkpoint import load_model, load_tokenizer, quantized_by_library, save, save_adapters, stored_dtype
 from rankfold.cli.options import Device, Dtype, Overwrite, Seed, is_decoder, to_dtype
+from rankfold.fingerprint import fingerprint
 from rankfold.measure import circumstances, default_length
-from rankfold.pipeline import fingerprint
 from rankfold.record import Record
 from rankfold.recovery import GENERATED, recovery_windows
 from rankfold.recovery import recover as recover_model

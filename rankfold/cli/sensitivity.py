@@ -14,8 +14,8 @@ from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.cli.options import Device, Dtype, Model, Seed, SiteNames, to_dtype
 from rankfold.cost import open_meter, relative_cost
 from rankfold.factorization import METHODS
+from rankfold.fingerprint import fingerprint
 from rankfold.measure import circumstances, default_length, scorer_for
-from rankfold.pipeline import fingerprint
 from rankfold.record import Record
 from rankfold.report.figures import check_figure, draw_points
 from rankfold.sensitivity import SHARES, STUDIES, run_trials, sensitivity_trials

@@ -17,8 +17,9 @@ from rankfold.exploration.bench import Bench
 from rankfold.exploration.space import DesignSpace, choices
 from rankfold.exploration.study import Done, failures, finished, open_study, search
 from rankfold.factorization import METHODS
+from rankfold.fingerprint import fingerprint
 from rankfold.measure import default_length, scorer_for
-from rankfold.pipeline import Stage, fingerprint
+from rankfold.pipeline import Stage
 from rankfold.record import versions
 from rankfold.sites import find_sites
 

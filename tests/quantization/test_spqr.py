@@ -15,9 +15,9 @@ from rankfold import allocate, calibrate, compress, find_sites
 from rankfold.calibration import load_corpus, make_batches, random_windows, summed_loss, token_stream
 from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
 from rankfold.cost import disk_bytes, parameter_count
+from rankfold.fingerprint import fingerprint
 from rankfold.measure import evaluation_windows
 from rankfold.modules import SpQRLinear, linear_at, pack, unpack
-from rankfold.pipeline import fingerprint
 from rankfold.quality import next_token_quality
 from rankfold.quantization import Grid, bits_per_weight, quantize_blocks, spqr, spqr_linear
 
