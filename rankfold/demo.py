@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, set_seed
+import transformers
 
 from rankfold.calibration import load_corpus
 from rankfold.checkpoint import is_factorized, load_model, load_tokenizer, save
@@ -51,7 +51,7 @@ def run(output: Path, keep: float) -> None:
         compress_within(model, sites, budget, settings, text, stage=lambda title, n: stage(f"     {title}", n))
     say("3/5  Save a checkpoint and load it with AutoModelForCausalLM.from_pretrained.")
     save(model, tokenizer, output, overwrite=overwrite)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(output, dtype="auto")
     say("4/5  Measure both side by side on Python projects that neither training nor calibration saw.")
     models = {"dense": dense, "compressed": loaded}
     held_out = load_corpus("bundled:python-held-out")
@@ -72,7 +72,7 @@ def run(output: Path, keep: float) -> None:
 
 
 def _generate(model: Any, tokenizer: Any) -> str:
-    set_seed(0)
+    transformers.set_seed(0)
     encoded = tokenizer(PROMPT, return_tensors="pt")
     with torch.no_grad():
         ids = model.generate(

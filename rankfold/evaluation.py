@@ -79,7 +79,7 @@ def evaluate_programs(  # noqa: PLR0913
         records.append(_record(name, "repeated", score.repeated, None, details))
         records.append(_record(name, "distinct", score.distinct, None, details))
         records += [
-            _record(name, f"programs that ended in {error}", count, None, details)
+            _record(name, f"programs that ended in {error}", float(count), None, details)
             for error, count in score.errors.items()
         ]
     return records

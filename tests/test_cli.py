@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,14 +21,38 @@ import typer
 from conftest import ROOT
 
 from rankfold.checkpoint import load_model
-from rankfold.cli import app
+from rankfold.cli import app, main
 from rankfold.record import Record
+from rankfold.terminal import console
 
 MODEL = str(ROOT / "models" / "pycode-llama")
 FREE = {"device", "dtype", "seed", "output"}
 
 
-def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+class Done(NamedTuple):
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: str, code: int = 0) -> Done:
+    """`rankfold ARGUMENTS` within this process: a fresh one spends seconds on its imports."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rankfold", *arguments])
+        patch.setenv("COLUMNS", "160")
+        patch.setattr(console, "width", 160)
+        try:
+            main()
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    assert status == code, err.getvalue()[-3000:]
+    return Done(out.getvalue(), err.getvalue())
+
+
+def run_alone(*arguments: str, code: int = 0) -> Done:
+    """`rankfold ARGUMENTS` in a process of its own, as a shell starts it."""
     result = subprocess.run(
         [sys.executable, "-m", "rankfold.cli", *arguments],
         env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
@@ -34,7 +61,7 @@ def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         check=False,
     )
     assert result.returncode == code, result.stderr[-3000:]
-    return result
+    return Done(result.stdout, result.stderr)
 
 
 def records(text: str) -> dict[tuple[str, str], Record]:
@@ -59,7 +86,7 @@ def test_a_verb_has_few_options_and_help_for_each(command: typer.models.CommandI
 
 
 def test_help_lists_the_verbs() -> None:
-    text = run("--help").stdout
+    text = run_alone("--help").stdout
     assert all(
         verb in text
         for verb in (
@@ -191,7 +218,7 @@ def test_compress_measure_export(tmp_path: Path) -> None:
     out, dense = tmp_path / "out", tmp_path / "dense"
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"def function_{i}(x):\n    return x + {i}\n" for i in range(800)))
-    done = run(
+    done = run_alone(
         "compress", MODEL, str(out), "--keep", "0.8", "--method", "lord", "--calibration", str(text),
         "--sequences", "8", "--length", "64",
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import jinja2
 import lm_eval
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import asset
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from tiny import LLAMA_LIKE
 
 import rankfold.harness
 from rankfold.checkpoint import load_model, load_tokenizer
@@ -138,6 +141,38 @@ def test_lambada_asks_for_the_last_word(data: Path, reader: tuple[Any, Any]) -> 
         whole, start = whole[-(model.config.max_position_embeddings + 1) :], start - len(whole)
         greedy = model(torch.tensor([whole[:-1]])).logits[0].argmax(-1)
         assert value == float(greedy[start:].tolist() == whole[start:])
+
+
+@torch.no_grad()
+def test_gsm8k_directly(data: Path, reader: tuple[Any, Any], tmp_path: Path) -> None:
+    tokenizer = reader[1]
+    # A model that answers in figures: what it writes depends on the question, and most of it is a number.
+    settings = {**LLAMA_LIKE, "vocab_size": len(tokenizer), "max_position_embeddings": 512, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+    digits = [tokenizer.convert_tokens_to_ids(token) for token in (*"0123456789.,$#", "▁the")]
+    others = sorted(set(range(len(tokenizer))) - set(digits))
+    model.lm_head.weight[others] = 0
+    questions = rows(data, "gsm8k.test")
+    found = []
+    for row in questions:
+        ids = tokenizer(f"Question: {row['question']}\nAnswer:", return_tensors="pt")["input_ids"][:, -256:]
+        written, cache = [], None
+        for _ in range(256):
+            output = model(ids, past_key_values=cache, use_cache=True)
+            ids, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            written.append(int(ids))
+        text = re.split(r"Question:|</s>|<\|im_end\|>", tokenizer.decode(written, skip_special_tokens=True))[0]
+        numbers = [max(pair, key=len) for pair in re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)]
+        strict = re.findall(r"#### (-?[0-9.,]+)", text)
+        found.append([re.sub(r"[,$]", "", n[0]).removesuffix(".") if n else None for n in (numbers[::-1], strict)])
+    assert len({tuple(pair) for pair in found}) > 10
+    golds = [(flexible if place % 2 else "7") for place, (flexible, _) in enumerate(found)]
+    made = [{**row, "answer": f"Thus.\n#### {gold}"} for row, gold in zip(questions, golds, strict=True)]
+    (tmp_path / "gsm8k.test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    answers = ask({"m": model}, tokenizer, "gsm8k", folder=tmp_path, shots=0)["m"].values
+    for place, metric in enumerate(("exact_match,flexible-extract", "exact_match,strict-match")):
+        expected = [float(pair[place] == gold) for pair, gold in zip(found, golds, strict=True)]
+        assert list(answers[metric]) == expected
 
 
 @pytest.mark.parametrize(("name", "shots"), [("arc_easy", 2), ("gsm8k", 1)])
