@@ -1,7 +1,8 @@
 """The studies of arXiv:2405.06626 on models that are at hand: python experiments/characterization.py ASSETS.
 
-ASSETS is a folder of weights and data with `weights/stories260K`, `weights/all-MiniLM-L6-v2`, its SST-2 head, and
-`data/sst2`, `data/tinystories`; without it only the bundled model is studied. Tucker without data, as in the paper:
+The bundled Llama, and models of five other architectures trained on the same text. ASSETS is a folder of weights and
+data with `weights/stories260K`, `weights/all-MiniLM-L6-v2`, its SST-2 head, and `data/sst2`, `data/tinystories`;
+without it only the bundled models are studied. Tucker without data, as in the paper:
 all sites at falling ranks; one block, one tensor kind, one site at a time; three blocks ever further apart, in every
 place; ever more blocks. Every trial with its cost beside the dense model. Then tasks side by side, and three blocks at
 rank 1 beside the same blocks removed. Results: benchmarks/results/characterization-*.jsonl.
@@ -55,6 +56,10 @@ SHARES = {
 """Shares of the full rank by study; 0 is rank 1."""
 
 
+ARCHITECTURES = ("pycode-opt", "pycode-bloom", "pycode-mamba", "pycode-starcoder", "pycode-codegen")
+"""Bundled models beside the Llama, studied by block, kind and distance: OPT, Bloom, Mamba-2, GPTBigCode, CodeGen."""
+
+
 class Subject(NamedTuple):
     """A model and what it is scored on."""
 
@@ -66,10 +71,12 @@ class Subject(NamedTuple):
 
 
 def subjects(assets: Path | None) -> Iterator[Subject]:
-    """The bundled Llama, and with the assets a story-teller and a classifier."""
+    """The bundled models, and with the assets a story-teller and a classifier."""
     folder = ROOT / "models" / "pycode-llama"
     texts = {name: load_corpus(f"bundled:{name}") for name in ("python-held-out", "english-held-out")}
     yield decoder("pycode-llama", folder, texts)
+    for name in ARCHITECTURES:
+        yield decoder(name, ROOT / "models" / name, texts)._replace(texts={})
     if assets is None:
         return
     (story,) = (assets / "data" / "tinystories").glob("*.txt")
@@ -109,6 +116,8 @@ def run_studies(subject: Subject) -> None:
     cost = partial(relative_cost, meter=open_meter(), rounds=5)
     for by in STUDIES:
         if by == "site" and subject.name != "pycode-llama":
+            continue
+        if by in ("ranks", "count") and subject.name in ARCHITECTURES:
             continue
         trials = sensitivity_trials(sites, method="tucker", by=by, shares=SHARES[by])
         context = circumstances(study=f"{subject.name}, {by}", model=subject.name, method="tucker", by=by, seed=0)

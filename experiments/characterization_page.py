@@ -11,6 +11,17 @@ from lord_page import by_row, read, subjects, table, with_error
 from rankfold.record import Record
 
 MODELS = ("pycode-llama", "stories260K", "MiniLM")
+ARCHITECTURES = {
+    "pycode-llama": "Llama",
+    "pycode-starcoder": "GPTBigCode",
+    "pycode-codegen": "CodeGen",
+    "pycode-opt": "OPT",
+    "pycode-bloom": "Bloom",
+    "pycode-mamba": "Mamba-2",
+    "stories260K": "Llama, stories",
+    "MiniLM": "BERT",
+}
+"""Every model that was studied, by what it is."""
 
 
 def study(model: str, by: str) -> dict[tuple[str, float], Record]:
@@ -81,6 +92,20 @@ def _depth_says(model: str, found: Mapping[tuple[str, float], Record], blocks: S
     yield ""
 
 
+def _apart(model: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """By distance, the rise of three blocks together: as a ratio to the sum of what each costs alone, and itself."""
+    found, alone = study(model, "distance"), study(model, "block")
+    blocks = list(dict.fromkeys(group for group, _ in alone))
+    ratios: dict[str, list[float]] = {}
+    rises: dict[str, list[float]] = {}
+    for (group, _), record in found.items():
+        apart, _, numbers = group.partition(" apart: blocks ")
+        total = sum(float(alone[blocks[int(place)], 0.0].value or 0) for place in numbers.split(", "))
+        ratios.setdefault(apart, []).append(float(record.value or 0) / total)
+        rises.setdefault(apart, []).append(float(record.value or 0))
+    return ratios, rises
+
+
 def distance() -> Iterator[str]:
     """Blocks apart: what they cost together against alone."""
     yield "## Three blocks at rank 1, near and far"
@@ -88,16 +113,7 @@ def distance() -> Iterator[str]:
     yield "Blocks differ, so the rise of three together is set against the sum of what each costs alone: above 1 they make each other worse."
     yield ""
     for model in MODELS:
-        found, alone = study(model, "distance"), study(model, "block")
-        blocks = list(dict.fromkeys(group for group, _ in alone))
-        ratios: dict[str, list[float]] = {}
-        rises: dict[str, list[float]] = {}
-        for (group, _), record in found.items():
-            apart, _, numbers = group.partition(" apart: blocks ")
-            chosen = [int(place) for place in numbers.split(", ")]
-            total = sum(float(alone[blocks[place], 0.0].value or 0) for place in chosen)
-            ratios.setdefault(apart, []).append(float(record.value or 0) / total)
-            rises.setdefault(apart, []).append(float(record.value or 0))
+        ratios, rises = _apart(model)
         if not ratios:
             continue
         rows = [
@@ -111,6 +127,54 @@ def distance() -> Iterator[str]:
         verdict = "holds" if far < 0.95 * near else "does not show"
         yield f"*Spread the blocks* {verdict} on {model}: the ratio goes from {near:.2f} for neighbours to {far:.2f} for the furthest."
         yield ""
+
+
+def architectures() -> Iterator[str]:
+    """The same studies on every architecture, a line each."""
+    yield "## Architectures side by side"
+    yield ""
+    yield "One block, one kind, three blocks at rank 1 in models of other architectures, four to twelve blocks, trained on the same text but for the last two. Depth: the"
+    yield "first, the last, and the mean of the last three blocks as multiples of the median block. Kinds: the least and the most sensitive one for each parameter removed."
+    yield "Together: median rise of three blocks over the sum of what each costs alone, neighbours and furthest apart."
+    yield ""
+    rows = []
+    for model, kind in ARCHITECTURES.items():
+        blocks, kinds = study(model, "block"), study(model, "kind")
+        if not blocks:
+            continue
+        rises = [float(record.value or 0) for (_, share), record in blocks.items() if share == 0]
+        middle = statistics.median(rises)
+        depth = [f"{value / middle:.1f}" for value in (rises[0], statistics.fmean(rises[-3:]), rises[-1])]
+        per = {
+            group: float(record.value or 0) / record.context["removed_of_model"]
+            for (group, share), record in kinds.items()
+            if share == 0
+        }
+        order = sorted(per, key=lambda group: per[group])
+        ratios = list(_apart(model)[0].values())
+        together = f"{statistics.median(ratios[0]):.2f}, {statistics.median(ratios[-1]):.2f}" if ratios[1:] else "-"
+        better = sum(
+            float(blocks[group, 0.0].value or 0) / blocks[group, 0.0].context["removed_of_model"]
+            < float(blocks[group, 0.25].value or 0) / blocks[group, 0.25].context["removed_of_model"]
+            for group in dict.fromkeys(group for group, _ in blocks)
+        )
+        rows.append([f"{kind} ({model})", *depth, order[0], order[-1], f"{better} of {len(rises)}", together])
+    header = ["model", "first", "last three", "last", "least sensitive", "most sensitive", "rank 1 is the better trade"]
+    yield from table([*header, "together"], rows)
+    yield from _architectures_say(rows)
+
+
+def _architectures_say(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """In how many models each observation holds."""
+    first = [float(row[1]) for row in rows]
+    late = [float(row[2]) for row in rows]
+    spread = [[float(value) for value in row[7].split(", ")] for row in rows if row[7] != "-"]
+    yield (
+        f"*Early blocks matter most*: the first block costs more than twice the median in {sum(v > 2 for v in first)} of {len(rows)} models. *The last three matter "
+        f"little*: they cost no more than the median in {sum(v <= 1 for v in late)}. *Spread the blocks*: far ones disturb each other less than neighbours in "
+        f"{sum(far < 0.95 * near for near, far in spread)} of {len(spread)}."
+    )
+    yield ""
 
 
 def nine_percent() -> Iterator[str]:
@@ -310,7 +374,20 @@ def page() -> str:
         "± is the standard error over windows or rows. Two shared x86-64 cores, one thread; models of a million parameters.",
         "",
     ]
-    for part in (depth, distance, nine_percent, counts, tasks, roofline, searches, stacks, late, runs, recoveries):
+    for part in (
+        depth,
+        distance,
+        architectures,
+        nine_percent,
+        counts,
+        tasks,
+        roofline,
+        searches,
+        stacks,
+        late,
+        runs,
+        recoveries,
+    ):
         lines += part()
     return "\n".join(lines).rstrip() + "\n"
 

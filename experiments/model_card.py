@@ -74,7 +74,7 @@ def card(folder: Path, corpus: Corpus) -> str:
     compress_blocks(model, allocate(sites, keep=0.8, method="whitened"), sites, batches)
     rise = next_token_quality(model, windows).loss - dense.loss
     config = load_model(folder).config
-    seconds = f"{facts['seconds']:,}" if facts["seconds"] else "not recorded, the run was resumed"
+    seconds = f"{facts['seconds']:,} seconds" if facts["seconds"] else "seconds not recorded, the run was resumed,"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return f"""---
 license: apache-2.0
@@ -92,7 +92,7 @@ as an assistant. {config.num_hidden_layers} blocks of width {config.hidden_size}
 | data | {facts["corpus"]}: Python files of CPython's library, numpy, pygments, sympy, torch, transformers |
 | kept out | whole projects: {", ".join(facts["held_out_projects"])} |
 | tokens seen | {facts["tokens_seen"]:,} ({facts["tokens_seen"] / parameters:.0f} per parameter) |
-| training | {seconds} seconds on one thread of a shared x86-64 CPU; batches of {facts["batch_tokens"]} tokens, peak learning rate {facts["learning_rate"]}, seed {facts["seed"]} |
+| training | {seconds} on one thread of a shared x86-64 CPU; batches of {facts["batch_tokens"]} tokens, peak learning rate {facts["learning_rate"]}, seed {facts["seed"]} |
 | versions | {versions} |
 | held-out perplexity | {dense.perplexity:.2f} ± {dense.perplexity_error:.2f} per token ({dense.tokens:,} tokens of {corpus.name}, windows of 256) |
 | held-out bits per byte | {dense.loss / math.log(2) / bytes_per_token:.3f} |
