@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo check test test-oldest clean
+.PHONY: setup environments demo check test test-oldest clean
 
 setup: $(VENV)/ready
 
@@ -34,6 +34,9 @@ $(OLDEST)/ready: pyproject.toml constraints.txt constraints-oldest.txt
 	$(OLDEST)/bin/pip install --quiet -c constraints.txt torch
 	$(OLDEST)/bin/pip install --quiet -c constraints.txt -c constraints-oldest.txt -e '.[test]'
 	touch $@
+
+# Both at once: `make -j2 environments`.
+environments: $(VENV)/ready $(OLDEST)/ready
 
 # Left out is what does not touch transformers, or is the same again.
 NOT_OLDEST = tests/factorization tests/allocation tests/golden tests/exploration tests/harness tests/report \

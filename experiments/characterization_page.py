@@ -218,6 +218,34 @@ def tasks() -> Iterator[str]:
     yield ""
 
 
+def benchmarks() -> Iterator[str]:
+    """The benchmarks, dense beside compressed."""
+    records = read("benchmarks")
+    if not records:
+        return
+    yield "## Benchmarks from local files"
+    yield ""
+    yield "`python experiments/benchmarks.py ASSETS`: stories260K dense and at keep 0.8 through lm-evaluation-harness, 200 questions each (MMLU 5 of each of 57 subjects,"
+    yield "GSM8K 20). A model of 260,000 parameters is at chance on these: the rows show how dense and compressed are compared, not what low rank costs on them."
+    yield ""
+    by_name = {(record.subject, record.name): record for record in records}
+    rows = []
+    for (subject, name), record in by_name.items():
+        if subject != "dense":
+            continue
+        small = by_name["rankfold, keep 0.8", name]
+        apart = by_name["rankfold, keep 0.8", f"{name} minus dense"]
+        chance = apart.context.get("mcnemar_p")
+        facts = record.context
+        rows.append(
+            [name, f"{facts['items']}", f"{'mixed' if facts['shots'] is None else facts['shots']}",
+             *(with_error(value, percent=True) for value in (record, small, apart)),
+             "-" if chance is None else f"{chance:.2f}"]
+        )  # fmt: skip
+    header = ["benchmark", "questions", "examples", "dense", "keep 0.8", "difference", "p (McNemar)"]
+    yield from table(header, rows)
+
+
 def counts() -> Iterator[str]:
     """Number of blocks, and what it costs beside the dense model."""
     yield "## Ever more blocks at rank 1"

@@ -1,23 +1,24 @@
-"""One call from a budget in the user's words to a compressed model: statistics, ranks, factors, refinement."""
+"""From text and budget to a compressed model: statistics, ranks, factors, refinement."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from rankfold.allocation import ALLOCATIONS, BudgetError, allocate
+from rankfold.allocation import BudgetError, allocate
 from rankfold.calibration import Corpus, calibrate, calibration_windows, make_batches, masked_batches, summed_loss
 from rankfold.compress import compress, compress_blocks, compress_in_rounds, nest, restore
 from rankfold.factorization import METHODS
 from rankfold.fingerprint import digest_of, fingerprint
 from rankfold.modules import linear_at, use_eager_experts
+from rankfold.pipeline.budget import Budget
+from rankfold.pipeline.settings import Settings
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.quality import next_token_quality
 from rankfold.recovery import predicts, refine_blocks, refine_predictions
@@ -32,155 +33,11 @@ ROUNDS = 2
 DRIFT = 0.5
 """Share of the drift that is corrected."""
 
-REFINE_TOWARD = ("predictions", "block")
-"""What refined blocks aim at: the model's predictions, or the dense block's own output."""
-
 SEARCH_STEPS = 6
 """Halvings of the interval in which `keep` is searched for a limit on the loss."""
 
 HELD_OUT = 32
 """Windows at the end of the calibration text that are kept for verifying a limit on the loss."""
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from what a person writes.
-
-    Raises:
-        ValueError: If it is no number with a unit.
-
-    >>> parse_bytes("9GB"), parse_bytes("1.5 MiB")
-    (9000000000, 1572864)
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
-    if not match or match[2].lower() not in _UNITS or match[1].count(".") > 1 or match[1] == ".":
-        raise ValueError(f"Bytes must be a number and a unit, such as 9GB or 700MiB, but got {text!r}.")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What the user allows: exactly one of these."""
-
-    keep: float | None = None
-    """Fraction of the sites' parameters."""
-    bytes: int | None = None
-    """Bytes of the whole model."""
-    max_loss_increase: float | None = None
-    """Rise of the loss on held-out text, in nats per token."""
-    rank: int | None = None
-    plan: Plan | None = None
-    """A plan whose forms and ranks are carried out as they are."""
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        keep: float | None = None,
-        bytes_: str | None = None,
-        max_loss_increase: float | None = None,
-        rank: int | None = None,
-        plan: Plan | None = None,
-    ) -> Budget:
-        """A budget from the options of the command line.
-
-        Raises:
-            ValueError: If more than one is given, or one is out of range.
-        """
-        given = {
-            "--keep": keep,
-            "--bytes": bytes_,
-            "--max-loss-increase": max_loss_increase,
-            "--rank": rank,
-            "--plan": plan,
-        }
-        named = [name for name, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise ValueError(f"A budget is one of {', '.join(given)}, but got {' and '.join(named)}. Choose one.")
-        if max_loss_increase is not None and max_loss_increase <= 0:
-            raise ValueError(f"--max-loss-increase must be above 0 nats per token, but got {max_loss_increase:g}.")
-        if keep is not None and not 0 < keep <= 1:
-            raise ValueError(f"--keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
-        stored = None if bytes_ is None else parse_bytes(bytes_)
-        return cls(keep if named else 0.8, stored, max_loss_increase, rank, plan)
-
-    def keep_of(self, model: Any, sites: Sequence[Site]) -> float | None:
-        """The fraction of the sites' bytes (or parameters) that this budget leaves; `None` where it must be searched.
-
-        Raises:
-            ValueError: If what is not factorized alone needs more.
-        """
-        if self.plan is not None:
-            return min(1.0, self.plan.parameters / sum(site.parameters for site in sites))
-        if self.bytes is None:
-            return self.keep
-        dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
-        rest = int(sum(p.numel() * p.element_size() for p in model.parameters())) - dense
-        if self.bytes <= rest:
-            raise ValueError(
-                f"{self.bytes:,} bytes cannot hold the model: what is not factorized, such as its embeddings, needs "
-                f"{rest:,} bytes. Raise --bytes."
-            )
-        return min(1.0, (self.bytes - rest) / dense)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is compressed."""
-
-    method: str = "kfac"
-    allocation: str | None = None
-    form: str | None = None
-    multiple: int = 1
-    refine: int = 0
-    refine_toward: str = "predictions"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse unknown names before any work is done."""
-        allocation = self.allocation or "knapsack"
-        named = (("method", self.method, METHODS), ("allocation", allocation, ALLOCATIONS))
-        for what, value, known in (*named, ("refine-toward", self.refine_toward, REFINE_TOWARD)):
-            if value not in known:
-                raise ValueError(f"--{what} must be one of {', '.join(known)}, but got {value!r}.")
-        if self.allocation == "knapsack" and not METHODS[self.method].needs_gradients:
-            raise ValueError(f"--allocation knapsack needs predicted losses, which {self.method} has not: use kfac.")
-
-    def ranks_by(self, budget: Budget) -> str:
-        """The allocation, by default the one that suits method and budget."""
-        shares_out = METHODS[self.method].needs_gradients and budget.rank is None
-        return self.allocation or ("knapsack" if shares_out else "uniform")
-
-    def needs_text(self, budget: Budget) -> bool:
-        """Whether anything is measured on text."""
-        return METHODS[self.method].needs_data or self.refine > 0 or budget.max_loss_increase is not None
-
-    def check(self, model: Any, sites: Sequence[Site], budget: Budget) -> None:
-        """Whether the model can be compressed in this way, asked before anything is measured.
-
-        Raises:
-            ValueError: If the budget is out of reach, or a limit on the loss is asked for and the model has no
-                next-token loss.
-        """
-        if budget.plan is not None:
-            _check_plan(budget.plan, sites)
-        elif budget.max_loss_increase is None:
-            even = {site.name: [1.0] * min(site.out_features, site.in_features) + [0.0] for site in sites}
-            choice: dict[str, Any] = {"keep": budget.keep_of(model, sites), "rank": budget.rank}
-            choice |= {
-                "method": self.method,
-                "allocation": self.ranks_by(budget),
-                "multiple": self.multiple,
-                "form": self.form,
-            }
-            allocate(sites, **choice, losses=even)
-        causal = model.can_generate() and not model.config.is_encoder_decoder
-        if budget.max_loss_increase is not None and not causal:
-            raise ValueError(
-                f"--max-loss-increase is measured on the next-token loss, which a {type(model).__name__} has not. "
-                "Give --keep or --bytes."
-            )
 
 
 class Text(NamedTuple):
@@ -381,24 +238,6 @@ def _allocated(sites: Sequence[Site], choice: Mapping[str, Any], losses: Mapping
         return sum(known[name][option.ranks[0]] for name in option.sites)
 
     return replace(plan, options=tuple(replace(option, loss=predicted(option), pivots=()) for option in plan.options))
-
-
-def _check_plan(plan: Plan, sites: Sequence[Site]) -> None:
-    """Whether the sites have room for the ranks of a plan, and one method fills it."""
-    limits = {site.name: min(site.out_features, site.in_features) for site in sites}
-    methods = {option.method for option in plan.factorized}
-    if len(methods) != 1 or not methods <= set(METHODS):
-        raise ValueError(
-            f"A plan must be filled by one method of {', '.join(METHODS)}, but this one names "
-            f"{', '.join(sorted(methods)) or 'none'}. Carry it out in Python, with rankfold.compress(model, plan, ...)."
-        )
-    for option in plan.factorized:
-        for name in option.sites:
-            if not 1 <= min(option.ranks) <= max(option.ranks) <= limits.get(name, 0):
-                raise ValueError(
-                    f"{name}: the plan asks for the ranks {option.ranks}, but this matrix of the model has at most "
-                    f"{limits.get(name, 0)}. It was made for another model."
-                )
 
 
 def _search(
