@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from lord import RESULTS, ROOT
 from lord_page import by_row, read, subjects, table, with_error
@@ -53,11 +54,11 @@ def depth() -> Iterator[str]:
         rows = []
         for place, block in enumerate(blocks):
             quarter, one = found[block, 0.25], found[block, 0.0]
-            per = [f"{float(r.value or 0) / (100 * r.context['removed_of_model']):.4f}" for r in (quarter, one)]
+            per = [f"{_per_parameter(record) / 100:.4f}" for record in (quarter, one)]
             rows.append([str(place), number(quarter), number(one), *per])
         header = [f"{model}: block", "quarter of the full rank", "rank 1", "per % removed at a quarter", "at rank 1"]
         yield from table(header, rows)
-        yield from _depth_says(model, found, blocks)
+        yield from _depth_says(model, found)
     yield "## One tensor kind at a time"
     yield ""
     for model in MODELS:
@@ -68,26 +69,45 @@ def depth() -> Iterator[str]:
             yield from table([f"{model}: kind, in all blocks", "quarter of the full rank", "rank 1"], rows)
 
 
-def _depth_says(model: str, found: Mapping[tuple[str, float], Record], blocks: Sequence[str]) -> Iterator[str]:
-    """What the paper's observations on depth are worth here."""
+class Depth(NamedTuple):
+    """What a study of single blocks says: rises at rank 1 as multiples of the median block's."""
+
+    first: float
+    last_three: float
+    last: float
+    first_is_worst: bool
+    better: int
+    """Blocks in which rank 1 costs less for each parameter removed than a quarter of the rank."""
+    blocks: int
+
+
+def _depth_of(found: Mapping[tuple[str, float], Record]) -> Depth:
+    blocks = list(dict.fromkeys(group for group, _ in found))
     rises = [float(found[block, 0.0].value or 0) for block in blocks]
     middle = statistics.median(rises)
-    first, last = rises[0], rises[-1]
-    early = "holds" if first == max(rises) else "does not hold"
-    late = "holds" if statistics.fmean(rises[-3:]) <= middle else "does not hold"
-    better = sum(
-        float(found[b, 0.0].value or 0) / found[b, 0.0].context["removed_of_model"]
-        < float(found[b, 0.25].value or 0) / found[b, 0.25].context["removed_of_model"]
-        for b in blocks
+    better = sum(_per_parameter(found[block, 0.0]) < _per_parameter(found[block, 0.25]) for block in blocks)
+    late = statistics.fmean(rises[-3:]) / middle
+    return Depth(rises[0] / middle, late, rises[-1] / middle, rises[0] == max(rises), better, len(blocks))
+
+
+def _per_parameter(record: Record) -> float:
+    """Rise for each share of the model that was removed."""
+    return float(record.value or 0) / float(record.context["removed_of_model"])
+
+
+def _depth_says(model: str, found: Mapping[tuple[str, float], Record]) -> Iterator[str]:
+    """What the paper's observations on depth are worth here."""
+    depth = _depth_of(found)
+    early = "holds" if depth.first_is_worst else "does not hold"
+    late = "holds" if depth.last_three <= 1 else "does not hold"
+    yield (
+        f"- *Early blocks matter most* {early} on {model}: at rank 1 the first block costs {depth.first:.1f} times the "
+        f"median block. *The last three matter little* {late}: they cost {depth.last_three:.1f} times "
+        f"the median on average, the last one {depth.last:.1f} times."
     )
     yield (
-        f"- *Early blocks matter most* {early} on {model}: at rank 1 the first block costs {first / middle:.1f} times the "
-        f"median block. *The last three matter little* {late}: they cost {statistics.fmean(rises[-3:]) / middle:.1f} times "
-        f"the median on average, the last one {last / middle:.1f} times."
-    )
-    yield (
-        f"- *Rank 1 is the best trade*: per parameter removed it is cheaper than a quarter of the rank in {better} of "
-        f"{len(blocks)} blocks."
+        f"- *Rank 1 is the best trade*: per parameter removed it is cheaper than a quarter of the rank in {depth.better} of "
+        f"{depth.blocks} blocks."
     )
     yield ""
 
@@ -137,43 +157,27 @@ def architectures() -> Iterator[str]:
     yield "first, the last, and the mean of the last three blocks as multiples of the median block. Kinds: the least and the most sensitive one for each parameter removed."
     yield "Together: median rise of three blocks over the sum of what each costs alone, neighbours and furthest apart."
     yield ""
-    rows = []
+    rows, depths, spreads = [], [], []
     for model, kind in ARCHITECTURES.items():
         blocks, kinds = study(model, "block"), study(model, "kind")
         if not blocks:
             continue
-        rises = [float(record.value or 0) for (_, share), record in blocks.items() if share == 0]
-        middle = statistics.median(rises)
-        depth = [f"{value / middle:.1f}" for value in (rises[0], statistics.fmean(rises[-3:]), rises[-1])]
-        per = {
-            group: float(record.value or 0) / record.context["removed_of_model"]
-            for (group, share), record in kinds.items()
-            if share == 0
-        }
-        order = sorted(per, key=lambda group: per[group])
-        ratios = list(_apart(model)[0].values())
-        together = f"{statistics.median(ratios[0]):.2f}, {statistics.median(ratios[-1]):.2f}" if ratios[1:] else "-"
-        better = sum(
-            float(blocks[group, 0.0].value or 0) / blocks[group, 0.0].context["removed_of_model"]
-            < float(blocks[group, 0.25].value or 0) / blocks[group, 0.25].context["removed_of_model"]
-            for group in dict.fromkeys(group for group, _ in blocks)
-        )
-        rows.append([f"{kind} ({model})", *depth, order[0], order[-1], f"{better} of {len(rises)}", together])
+        depth = _depth_of(blocks)
+        at_one = {group: _per_parameter(record) for (group, share), record in kinds.items() if share == 0}
+        order = sorted(at_one, key=lambda group: at_one[group])
+        ratios = [statistics.median(values) for values in _apart(model)[0].values()]
+        together = f"{ratios[0]:.2f}, {ratios[-1]:.2f}" if ratios[1:] else "-"
+        spreads += [ratios] if ratios[1:] else []
+        depths.append(depth)
+        shown = [f"{value:.1f}" for value in (depth.first, depth.last_three, depth.last)]
+        better = f"{depth.better} of {depth.blocks}"
+        rows.append([f"{kind} ({model})", *shown, order[0], order[-1], better, together])
     header = ["model", "first", "last three", "last", "least sensitive", "most sensitive", "rank 1 is the better trade"]
     yield from table([*header, "together"], rows)
-    yield from _architectures_say(rows)
-
-
-def _architectures_say(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """In how many models each observation holds."""
-    first = [float(row[1]) for row in rows]
-    late = [float(row[2]) for row in rows]
-    best = [2 * int(row[6].split(" of ")[0]) > int(row[6].split(" of ")[1]) for row in rows]
-    spread = [[float(value) for value in row[7].split(", ")] for row in rows if row[7] != "-"]
     yield (
-        f"*Early blocks matter most*: the first block costs more than twice the median in {sum(v > 2 for v in first)} of {len(rows)} models. *The last three matter "
-        f"little*: they cost no more than the median in {sum(v <= 1 for v in late)}. *Spread the blocks*: far ones disturb each other less than neighbours in "
-        f"{sum(far < 0.95 * near for near, far in spread)} of {len(spread)}. *Rank 1 is the best trade* in most blocks of {sum(best)}."
+        f"*Early blocks matter most*: the first block costs more than twice the median in {sum(d.first > 2 for d in depths)} of {len(depths)} models. *The last three matter "
+        f"little*: they cost no more than the median in {sum(d.last_three <= 1 for d in depths)}. *Spread the blocks*: far ones disturb each other less than neighbours in "
+        f"{sum(far < 0.95 * near for near, *_, far in spreads)} of {len(spreads)}. *Rank 1 is the best trade* in most blocks of {sum(2 * d.better > d.blocks for d in depths)}."
     )
     yield ""
 
@@ -245,6 +249,8 @@ def benchmarks() -> Iterator[str]:
         )  # fmt: skip
     header = ["benchmark", "questions", "examples", "dense", "keep 0.8", "difference", "p (McNemar)"]
     yield from table(header, rows)
+    yield "Factual consistency is TruthfulQA and LAMBADA of these: `rankfold benchmark MODEL --dense DENSE --task truthfulqa_mc1 --task lambada_openai`, for models that can do them."
+    yield ""
 
 
 def counts() -> Iterator[str]:
@@ -410,6 +416,7 @@ def page() -> str:
         nine_percent,
         counts,
         tasks,
+        benchmarks,
         roofline,
         searches,
         stacks,

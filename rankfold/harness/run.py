@@ -157,13 +157,15 @@ def benchmark_records(name: str, answers: Mapping[str, Answers], context: Mappin
         for metric, values in answers[model].values.items():
             dense = answers[reference].values[metric]
             difference = paired_difference(values, dense)
+            # No item that differs does not prove that none would: the error is then that of a single one.
+            error = difference.error or 1 / len(values)
             facts = {**context, "metric": metric, "items": len(values), "minus": reference}
             if {*values, *dense} <= {0.0, 1.0}:
                 facts["mcnemar_p"] = mcnemar(values, dense)
             records.append(
                 Record(
                     subject=model, name=f"{name} {metric} minus dense", value=difference.value, unit="1",
-                    error=difference.error, context=facts,
+                    error=error, context=facts,
                 )
             )  # fmt: skip
     return records

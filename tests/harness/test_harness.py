@@ -216,6 +216,7 @@ def test_differences_are_paired() -> None:
     answers = {"dense": Answers({"acc": [1.0, 0, 1, 1]}, 0, "x"), "small": Answers({"acc": [1.0, 0, 0, 0]}, 0, "x")}
     apart = benchmark_records("b", answers, {})[-1]
     assert apart.value == -0.5
+    assert benchmark_records("b", {"dense": answers["dense"], "same": answers["dense"]}, {})[-1].error == 0.25
     assert apart.context["mcnemar_p"] == mcnemar([1, 0, 0, 0], [1, 0, 1, 1]) == 0.5
     assert mcnemar([1] * 3000, [0] * 3000) < 1e-300
     assert mcnemar([1, 0], [0, 1]) == 1
