@@ -58,7 +58,7 @@ def main() -> None:
     """Run a verb; a user's mistake ends with one message and exit code 2."""
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.filterwarnings("ignore", module="transformers|torch")
+    warnings.filterwarnings("ignore", module="transformers|torch|peft")
     try:
         app()
     except ValueError as error:
