@@ -369,7 +369,8 @@ def runs() -> Iterator[str]:
         return
     yield "## Over 20,000 tokens"
     yield ""
-    yield "`python experiments/long_run.py`: pycode-llama writes at temperature 0.8, reading at most 256 tokens. Perplexity is the dense model's of the text."
+    yield "`python experiments/long_run.py`: pycode-llama writes at temperature 0.8, reading at most 256 tokens. Perplexity is the dense model's of the text. Milliseconds"
+    yield "depend on what else the shared machine did: they do not grow with the position, and say nothing about one model beside the other."
     yield ""
     rows = []
     for row, v in by_row(records, "pycode-llama"):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from rankfold.calibration import calibrate, calibration_windows, load_corpus, make_batches, masked_batches, summed_loss
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.compress import predicted_losses
 from rankfold.exploration.bench import Bench
-from rankfold.exploration.space import DesignSpace, choices
+from rankfold.exploration.space import DesignSpace, Losses, choices
 from rankfold.exploration.study import Done, failures, finished, open_study, search
-from rankfold.factorization import METHODS
+from rankfold.factorization import METHODS, SiteMoments
 from rankfold.fingerprint import fingerprint
 from rankfold.measure import default_length, scorer_for
 from rankfold.pipeline import Stage
@@ -61,6 +62,13 @@ class Exploration:
     seed: int = 0
 
 
+class Measured(NamedTuple):
+    """What is measured of the dense model once, for all trials of all workers of a cluster."""
+
+    statistics: Mapping[str, SiteMoments]
+    losses: Losses
+
+
 class Worker(NamedTuple):
     """A study and the model on which this process works on it."""
 
@@ -86,8 +94,8 @@ def _all_of(worker: Worker) -> list[Done]:
     return done
 
 
-def prepare(settings: Exploration, stage: Stage) -> Worker:
-    """Load the model, measure its inputs and gradients, and open the study.
+def prepare(settings: Exploration, stage: Stage, measured: Measured | None = None) -> Worker:
+    """Load the model, measure its inputs and gradients unless that was done elsewhere, and open the study.
 
     Raises:
         ValueError: If a setting makes no sense, or the study is one of something else.
@@ -125,13 +133,21 @@ def prepare(settings: Exploration, stage: Stage) -> Worker:
         },
         settings.objectives,
     )
-    batches = make_batches(model, found, BATCH)
-    if data.mask_token is not None:
-        batches = masked_batches(batches, data.mask_token, tokenizer.all_special_ids, settings.seed)
-    labels = "text" if model.can_generate() or data.mask_token is not None else "sampled"
+    if measured is None:
+        batches = make_batches(model, found, BATCH)
+        if data.mask_token is not None:
+            batches = masked_batches(batches, data.mask_token, tokenizer.all_special_ids, settings.seed)
+        labels = "text" if model.can_generate() or data.mask_token is not None else "sampled"
+        measured = _measure(model, space, batches, summed_loss(model, labels, settings.seed), stage)
+    return Worker(study, Bench(model, space, measured.statistics, measured.losses, score), settings)
+
+
+def _measure(
+    model: Any, space: DesignSpace, batches: Sequence[Mapping[str, Tensor]], loss: Callable[..., Tensor], stage: Stage
+) -> Measured:
     passes = len(space.blocks) + 1
     advance = stage("measuring inputs and gradients", 2 * passes * len(batches))
-    statistics = calibrate(model, space.sites, batches, advance, summed_loss(model, labels, settings.seed))
+    statistics = calibrate(model, space.sites, batches, advance, loss)
     methods = {choice.method for choice in space.choices}
     advance = stage("predicting losses", len(methods))
     losses = {}
@@ -139,7 +155,7 @@ def prepare(settings: Exploration, stage: Stage) -> Worker:
         if method in methods:
             losses[method] = predicted_losses(model, space.sites, statistics, method)
             advance()
-    return Worker(study, Bench(model, space, statistics, losses, score), settings)
+    return Measured(statistics, losses)
 
 
 def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: Stage) -> list[Done]:
@@ -182,7 +198,8 @@ def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: 
             f"Workers on {len(machines)} machines cannot share the file of SQLite: give --study a PostgreSQL database."
         )
     task = ray.remote(**needs, max_retries=3, scheduling_strategy="SPREAD")(_work)
-    running = [task.remote(settings, number) for number in range(workers)]
+    measured = ray.put(Measured(worker.bench.statistics, worker.bench.losses))
+    running = [task.remote(settings, number, measured) for number in range(workers)]
     advance, seen = stage("trials", settings.trials), 0
     while running:
         ready, running = ray.wait(running, num_returns=len(running), timeout=1.0)
@@ -209,11 +226,11 @@ def _absolute(settings: Exploration) -> Exploration:
     return Exploration(**own)
 
 
-def _work(settings: Exploration, number: int) -> int:
+def _work(settings: Exploration, number: int, measured: Measured) -> int:
     """What a worker of the cluster does: the number of trials when it stopped."""
     torch.set_num_threads(1)
     own = {**asdict(settings), "seed": settings.seed}
-    made = prepare(Exploration(**own), lambda title, steps: lambda: None)
+    made = prepare(Exploration(**own), lambda title, steps: lambda: None, measured)
     # Workers draw on from different seeds, though they begin with as many trials.
     made = made._replace(settings=Exploration(**{**own, "seed": settings.seed + 17 * (number + 1)}))
     return len(made.run())

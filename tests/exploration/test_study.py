@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from rankfold.exploration import OBJECTIVES
-from rankfold.exploration.explore import Exploration, best_within, prepare, run_on_ray
+from rankfold.exploration.explore import Exploration, Measured, best_within, prepare, run_on_ray
 from rankfold.exploration.study import failures, finished, open_study, shown, trial_records
 
 COMPLETE = optuna.trial.TrialState.COMPLETE
@@ -71,6 +71,14 @@ def test_more_trials_go_on_with_the_study(explored: Any) -> None:
     more = worker._replace(settings=Exploration(**{**vars(worker.settings), "trials": 23})).run()
     assert [trial.number for trial in more[:20]] == [trial.number for trial in done]
     assert len(more) == 23
+
+
+def test_what_one_worker_measured_serves_the_others(explored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, done = explored
+    monkeypatch.setattr("rankfold.exploration.explore.calibrate", None)
+    other = prepare(worker.settings, silent, Measured(worker.bench.statistics, worker.bench.losses))
+    again = other.bench.measure(done[-1].point, ("quality",))
+    assert again.values["quality"] == pytest.approx(done[-1].values["quality"], abs=1e-6)
 
 
 def test_a_killed_search_loses_no_trial_and_does_none_twice(bundled: Path, tmp_path: Path) -> None:
