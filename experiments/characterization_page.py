@@ -154,7 +154,7 @@ def architectures() -> Iterator[str]:
     yield "## Architectures side by side"
     yield ""
     yield "One block, one kind, three blocks at rank 1 in models of other architectures, four to twelve blocks, trained on the same text but for the last two. Depth: the"
-    yield "first, the last, and the mean of the last three blocks as multiples of the median block. Kinds: the least and the most sensitive one for each parameter removed."
+    yield "first block, the mean of the last three, and the last one as multiples of the median block. Kinds: the least and the most sensitive one for each parameter removed."
     yield "Together: median rise of three blocks over the sum of what each costs alone, neighbours and furthest apart."
     yield ""
     rows, depths, spreads = [], [], []
