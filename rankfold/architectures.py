@@ -33,6 +33,8 @@ AUTO_CLASSES = (
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
     "AutoModelForSeq2SeqLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq",
 )
 
 _MODULE_FILES = (
@@ -73,9 +75,15 @@ def config_class_for(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
     return made  # type: ignore[no-any-return]
 
 
+def made_name(stock: type[Any], config: type[PretrainedConfig]) -> str:
+    """Name of our model class: several model types, such as Exaone, share the model class of another, such as Llama."""
+    shared = stock.config_class is not config
+    return f"Rankfold{config.__name__.removesuffix('Config') if shared else ''}{stock.__name__}"
+
+
 def model_class_for(stock: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
     """Our model class for a stock one."""
-    name = f"Rankfold{stock.__name__}"
+    name = made_name(stock, stock_class(config_class))
     if name not in globals():
         # Kept in the module so that the class can be found again by name, as pickling and multiprocessing do.
         globals()[name] = type(
@@ -162,6 +170,9 @@ def release(model: Any) -> None:
     for attribute in ("rankfold", "auto_map"):
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)
+    if not getattr(model, "_weight_conversions", True):
+        # A checkpoint of ours is loaded without any; a stock one is written under the names of its own kind.
+        del model._weight_conversions
     model.config.architectures = [stock.__name__]
 
 
@@ -220,7 +231,7 @@ def to_conv1d(linear: nn.Linear) -> nn.Module:
 
 def _auto_map(stock: type[PretrainedConfig]) -> dict[str, str]:
     module = CODE_FILE.removesuffix(".py")
-    models = {auto: f"{module}.Rankfold{cls.__name__}" for auto, cls in stock_models(stock).items()}
+    models = {auto: f"{module}.{made_name(cls, stock)}" for auto, cls in stock_models(stock).items()}
     return {"AutoConfig": f"{module}.Rankfold{stock.__name__}", **models}
 
 
@@ -234,10 +245,18 @@ def modeling_code(stock: type[PretrainedConfig]) -> str:
     sources = [_definitions(f"rankfold.modules.{name}") for name in _MODULE_FILES]
     config = f'class Rankfold{stock.__name__}({stock.__name__}):\n    model_type = "{PREFIX}{stock.model_type}"\n'
     classes = [
-        f"class Rankfold{model.__name__}(Factorized, {model.__name__}):\n    config_class = Rankfold{stock.__name__}\n"
+        f"class {made_name(model, stock)}(Factorized, {model.__name__}):\n    config_class = Rankfold{stock.__name__}\n"
         for model in models
     ]
-    return "\n\n".join([_HEADER + f"from transformers import {names}\n", *sources, config, *classes])
+    # Some heads build their body through AutoModel, which must know it by then.
+    made = f"Rankfold{stock.__name__}"
+    known = [
+        f"{auto}.register({made}, {made_name(model, stock)}, exist_ok=True)"
+        for auto, model in stock_models(stock).items()
+    ]
+    autos = ", ".join(sorted(stock_models(stock)))
+    imports = f"from transformers import {autos}\nfrom transformers import {names}\n"
+    return "\n\n".join([_HEADER + imports, *sources, config, *classes, "\n".join(known) + "\n"])
 
 
 _HEADER = '''"""Loads this checkpoint without rankfold: AutoModel.from_pretrained(folder, trust_remote_code=True).
@@ -250,7 +269,7 @@ from __future__ import annotations
 import operator
 from functools import cache
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.fx

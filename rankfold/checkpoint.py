@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from rankfold.architectures import AUTO_CLASSES, PREFIX, release
+from rankfold.modules import keep_storage, restore_storage
 from rankfold.shards import check_folder, whole_folder
 
 MAX_SHARD_SIZE = "5GB"
@@ -71,6 +72,7 @@ def load_model(
             f"{source}: the checkpoint must hold all weights of {type(model).__name__}, but {len(missing)} are missing "
             f"or of another shape, for example {missing[:3]}. They would be random; take a whole checkpoint."
         )
+    keep_storage(model)
     return (model if device is None or quantized else model.to(device)).eval()
 
 
@@ -189,8 +191,11 @@ def save(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = Fa
         ValueError: If the folder exists, or the disk is full.
     """
     target = Path(folder)
+    restore_storage(model)
     with _written(target, overwrite) as partial:
-        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        # transformers (5.24) cannot take back how it loaded a library's few bits: such weights keep their names.
+        names = {"save_original_format": False} if getattr(model, "hf_quantizer", None) is not None else {}
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE, **names)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         check_folder(partial)

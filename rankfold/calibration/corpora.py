@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rankfold.sites import text_arguments, vocabulary_size
+
 BUNDLED = ("bundled:calibration", "bundled:python-held-out", "bundled:english-held-out")
 """Names of the bundled texts: a mixed sample to calibrate on, and two to evaluate on."""
 
@@ -252,21 +254,15 @@ def make_batches(model: Any, windows: Int[Tensor, "windows length"], batch_size:
     Raises:
         ValueError: If a token id lies outside the model's vocabulary.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if len(windows) and int(windows.max()) >= vocabulary:
+    vocabulary = vocabulary_size(model)
+    if vocabulary is not None and len(windows) and int(windows.max()) >= vocabulary:
         raise ValueError(
             f"Token ids must be below the model's vocabulary of {vocabulary}, but the corpus holds "
             f"{int(windows.max())}. "
             "The tokenizer belongs to another model."
         )
     device = next(model.parameters()).device
-    batches = []
-    for ids in torch.split(windows, batch_size):
-        batch = {"input_ids": ids.to(device)}
-        if model.config.is_encoder_decoder:
-            batch["decoder_input_ids"] = batch["input_ids"]
-        batches.append(batch)
-    return batches
+    return [text_arguments(model, ids.to(device)) for ids in torch.split(windows, batch_size)]
 
 
 def calibration_windows(

@@ -8,10 +8,17 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankfold.calibration.losses import Loss
-from rankfold.calibration.walk import BlockStep, walk_blocks, walk_blocks_back
+from rankfold.calibration.walk import (
+    BlockStep,
+    embeddings_with_gradients,
+    is_chain,
+    walk_blocks,
+    walk_blocks_back,
+    without_cache,
+)
 from rankfold.factorization import Moments, SiteMoments
 from rankfold.modules import linear_at, restack, use_eager_experts
 from rankfold.sites import Site
@@ -124,13 +131,16 @@ def calibrate_blocks(
         linear_at(model, site.name)
     use_eager_experts(model)
     batches = list(batches)
-    tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
+    if not batches:
+        raise ValueError("Calibration needs at least one batch, but got none.")
+    read = "decoder_input_ids" if "decoder_input_ids" in batches[0] else "input_ids"
+    tokens = sum(batch[read].numel() for batch in batches if read in batch)
     observers = {block: _Observer(group, loss is not None, tokens) for block, group in by_block.items()}
     outer = observers.pop(None, _Observer([], loss is not None, tokens))
     visits = {block: max(site.calls for site in group) for block, group in by_block.items()}
     with _frozen(model), outer.watching(model):
-        if loss is not None and model.config.is_encoder_decoder:
-            # Two chains of blocks: their graph is built whole, one batch at a time.
+        if loss is not None and not is_chain(model, batches[0]):
+            # Not one chain of blocks: the graph is built whole, one batch at a time.
             _backpropagate(model, [*observers.values()], batches, loss, on_batch)
             visits = {}
         for block, step in _steps(model, list(by_block), batches, on_batch, loss) if visits else ():
@@ -153,11 +163,9 @@ def _backpropagate(
     on_batch: Callable[[], None],
 ) -> None:
     """Ordinary backpropagation from the loss to the embeddings, all observers watching."""
-    with ExitStack() as stack, torch.enable_grad():
+    with ExitStack() as stack, torch.enable_grad(), embeddings_with_gradients(model), without_cache(model):
         for observer in observers:
             stack.enter_context(observer.watching(model))
-        for embedding in filter(lambda module: isinstance(module, nn.Embedding), model.modules()):
-            stack.callback(embedding.register_forward_hook(lambda _, args, result: result.requires_grad_()).remove)
         for batch in batches:
             loss(model(**batch), batch).backward()  # type: ignore[no-untyped-call]
             on_batch()

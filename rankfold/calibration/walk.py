@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +22,14 @@ class Call(NamedTuple):
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    def run(self) -> Any:
+        """What the block gives; to be had repeatedly, so a cache of keys and values is not added to."""
+        fresh = {
+            name: copy.deepcopy(value) if hasattr(value, "get_seq_length") else value
+            for name, value in self.kwargs.items()
+        }
+        return self.module(*self.args, **fresh)
 
 
 @dataclass
@@ -95,7 +104,8 @@ def walk_blocks_back(
         on_batch: Called after each batch has passed a block, forward and back.
 
     Raises:
-        ValueError: If there is no batch, or the model has both an encoder and a decoder.
+        ValueError: If there is no batch, or the model has both an encoder and a decoder. Other models whose blocks
+            form no chain are not noticed here: ask `is_chain`.
     """
     if model.config.is_encoder_decoder:
         raise ValueError("A reverse walk follows one chain of blocks, but this model has an encoder and a decoder.")
@@ -116,8 +126,7 @@ def walk_blocks_back(
         return result
 
     def through_the_block(index: int, call: Call) -> Tensor:
-        output = call.module(*call.args, **call.kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        hidden = first_tensor(call.run())
         hidden.backward(gradients[index])  # type: ignore[no-untyped-call]
         return hidden
 
@@ -140,6 +149,111 @@ def walk_blocks_back(
             run = through_the_block
 
 
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states in what a block returns, alone or before other things."""
+    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+    return hidden
+
+
+def is_chain(model: Any, batch: Mapping[str, Tensor]) -> bool:
+    """Whether gradients that are handed from block to block are those of ordinary backpropagation.
+
+    They are not where something else than hidden states passes between blocks (Gemma 3n's shared keys and values),
+    or where hidden states change on their way (Funnel's pooling). Tried on a few tokens, with both.
+
+    Args:
+        model: A model in evaluation mode, whose parameters require no gradients.
+        batch: Keyword arguments of the forward call, of which a few tokens are used.
+    """
+    if model.config.is_encoder_decoder:
+        return False
+    few = {name: value[:1, :16] if value.ndim > 1 else value[:1] for name, value in batch.items() if name != "labels"}
+    expected: dict[str, list[Tensor]] = {}
+    found: dict[str, list[Tensor]] = {}
+    with _gradients_at_blocks(model, expected), torch.enable_grad(), embeddings_with_gradients(model):
+        try:
+            _probe(model(**few, **_no_cache(model)), few).backward()  # type: ignore[no-untyped-call]
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{type(model).__name__} gives no gradients in evaluation mode ({error}), and this method needs them. "
+                "Take one that does not, such as whitened."
+            ) from error
+    try:
+        with _gradients_at_blocks(model, found):
+            for step in walk_blocks_back(model, [few], _probe):
+                step.run()
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError):
+        # Whatever a block makes of being called alone, it is no link of a chain.
+        return False
+    return all(
+        len(found.get(path, ())) == len(gradients) and all(map(_alike, found[path], gradients))
+        for path, gradients in expected.items()
+    )
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and float((a.float() - b.float()).norm()) <= 0.05 * float(b.float().norm())
+
+
+def _probe(output: Any, _: Any) -> Tensor:
+    """A scalar on which every output has its own fixed influence."""
+    values: Tensor = first_tensor(output.to_tuple())
+    weights = torch.arange(values.numel(), device=values.device).sin().reshape(values.shape)
+    return (values.float() * weights).sum()
+
+
+@contextmanager
+def _gradients_at_blocks(model: nn.Module, gradients: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Collect the gradients at the outputs of every block, in the order in which they come."""
+
+    def hook_for(path: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, output: Any) -> None:
+            hidden = first_tensor(output)
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: gradients.setdefault(path, []).append(gradient.detach()))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in block_paths(model):
+            stack.callback(model.get_submodule(path).register_forward_hook(hook_for(path)).remove)
+        yield
+
+
+@contextmanager
+def embeddings_with_gradients(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow through the whole model, whose parameters require none."""
+    with ExitStack() as stack:
+        for embedding in filter(lambda module: isinstance(module, nn.Embedding), model.modules()):
+            stack.callback(embedding.register_forward_hook(_require_gradients).remove)
+        yield
+
+
+def _require_gradients(_: nn.Module, args: Any, result: Tensor) -> Tensor:
+    if not isinstance(result, Tensor):
+        return result
+    # A copy, since some models go on to change it in place, which a leaf must not be.
+    return result if result.requires_grad else result.requires_grad_().clone()
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """A model that keeps no keys and values: a block that is called again would add to them."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    asked = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in asked:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asked:
+            config.use_cache = True
+
+
+def _no_cache(model: Any) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
 class _Forwards(ExitStack):
     """The forward calls of all batches, each in a greenlet that stands still at the entrance of every block."""
 
@@ -150,6 +264,7 @@ class _Forwards(ExitStack):
         if not self._greenlets:
             raise ValueError("A walk over the blocks needs at least one batch, but got none.")
         running = set(self._greenlets)
+        self.enter_context(without_cache(model))
         self.arrivals: list[Any] = [None] * len(running)
 
         def stand_still(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,9 +297,9 @@ class _Forwards(ExitStack):
 
 def _forward(model: Any, batch: Mapping[str, Any], finish: Callable[[Any, Any], Any]) -> Callable[[], Any]:
     """The model's forward call, of whose output only what `finish` makes of it stays alive."""
-    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    settings = _no_cache(model)
 
     def call() -> Any:
-        return finish(model(**batch, **cache), batch)
+        return finish(model(**batch, **settings), batch)
 
     return call

@@ -159,7 +159,7 @@ def _streams(
             put(model, modules)
             hook = modules[name].register_forward_pre_hook(look)
             with suppress(_SeenError):
-                call.module(*call.args, **call.kwargs)
+                call.run()
             hook.remove()
         call = calls[0]
         hidden = call.args[0] if call.args else call.kwargs["hidden_states"]

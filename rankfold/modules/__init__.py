@@ -2,6 +2,7 @@
 
 from rankfold.modules.adaptive_linear import AdaptiveLinear
 from rankfold.modules.factorized_linear import FactorizedLinear
+from rankfold.modules.four_bit import keep_storage, restore_storage
 from rankfold.modules.install import (
     FORMS,
     Factorized,
@@ -35,12 +36,14 @@ __all__ = [
     "SpQRLinear",
     "TuckerLinear",
     "install",
+    "keep_storage",
     "linear_at",
     "linear_shape",
     "pack",
     "put",
     "resolve",
     "restack",
+    "restore_storage",
     "statistics",
     "unpack",
     "use_eager_experts",

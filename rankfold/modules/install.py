@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -32,6 +32,22 @@ DEPENDING: dict[str, type[FactorizedLinear]] = {"adaptive": AdaptiveLinear}
 
 class Factorized:
     """Put before a transformers model class: the model is built as usual, then the planned modules replaced."""
+
+    _checkpoint_conversion_mapping: ClassVar[dict[str, str]] = {}
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: the stock class initializes what no checkpoint holds, such as Falcon-H1's multipliers.
+
+        For custom code transformers passes over modules without parameters of their own, and such buffers would
+        hold whatever lay in memory.
+        """
+        return False
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save under the names of the modules, which transformers would rename as if they were the stock model's."""
+        kwargs.setdefault("save_original_format", False)
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """Build the stock model, then install the empty factorized modules of `config.rankfold`."""

@@ -97,13 +97,13 @@ def _inputs(step: BlockStep, layers: Mapping[str, Any]) -> Iterator[tuple[str, M
     readers: dict[int, str] = {}
     moments: dict[str, MomentAccumulator] = {}
     with _hooked(layers, lambda name, x: readers.setdefault(id(x), name), keep=True) as leaders:
-        step.calls[0].module(*step.calls[0].args, **step.calls[0].kwargs)
+        step.calls[0].run()
     for name in set(leaders.values()):
         layer = layers[name]
         moments[name] = MomentAccumulator(linear_shape(layer)[1], layer.weight.device)
     with _hooked({name: layers[name] for name in moments}, lambda name, x: moments[name].update(x)):
         for call in step.calls:
-            call.module(*call.args, **call.kwargs)
+            call.run()
     measured: dict[str, Moments] = {}
     for name, layer in layers.items():
         # An expert that no token of the first batch reached is rounded without regard to its inputs.

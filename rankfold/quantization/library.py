@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.checkpoint import ADAPTER, auto_class_for, load_model, quantized_by_library, save
-from rankfold.modules import LowRankLinear, SpQRLinear, linear_at
+from rankfold.modules import LowRankLinear, SpQRLinear, keep_storage, linear_at
 from rankfold.plan import Plan
 
 SCHEMES = {"int8": 0.05, "nf4": 0.2}
@@ -66,6 +66,7 @@ def quantize_by_library(
             made = auto_class_for(dense.config).from_pretrained(
                 Path(folder) / "dense", quantization_config=settings(head + failed), device_map=device, dtype=dtype
             )
+            keep_storage(made)
             layers = _quantized_layers(made)
             wrong = [name for name, layer in layers.items() if not _passes(layer, dense.get_submodule(name), scheme)]
             if set(wrong) <= set(failed):

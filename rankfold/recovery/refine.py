@@ -254,7 +254,7 @@ def _output(call: Call, dtype: torch.dtype | None = None) -> Tensor:
     args, kwargs = call.args, call.kwargs
     if dtype is not None:
         args, kwargs = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, kwargs))
-    output = call.module(*args, **kwargs)
+    output = Call(call.module, args, kwargs).run()
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 

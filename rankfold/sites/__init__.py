@@ -3,5 +3,18 @@
 from rankfold.sites.find import block_paths, find_sites
 from rankfold.sites.fused import fused_parts
 from rankfold.sites.site import Part, Site, Sites, Skipped
+from rankfold.sites.text_inputs import has_other_inputs, text_arguments, text_config, vocabulary_size
 
-__all__ = ["Part", "Site", "Sites", "Skipped", "block_paths", "find_sites", "fused_parts"]
+__all__ = [
+    "Part",
+    "Site",
+    "Sites",
+    "Skipped",
+    "block_paths",
+    "find_sites",
+    "fused_parts",
+    "has_other_inputs",
+    "text_arguments",
+    "text_config",
+    "vocabulary_size",
+]

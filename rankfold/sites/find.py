@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from rankfold.modules import FactorizedLinear, LinearStack, linear_shape
 from rankfold.sites.fused import fused_parts
 from rankfold.sites.site import Site, Sites, Skipped
+from rankfold.sites.text_inputs import example_ids, has_other_inputs, text_arguments, text_config
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _ROUTER = "a router: its few outputs choose the experts"
@@ -38,7 +40,8 @@ def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     blocks = _blocks(model, linears)
     calls = _trace(model, linears, inputs)
-    called_kinds = {_siblings(name) for name, ids in calls.items() if ids}
+    towers = _towers(model, linears, blocks, calls) if inputs is None and has_other_inputs(model) else set()
+    called_kinds = {_siblings(name) for name, ids in calls.items() if ids or name in towers}
     tied = _tied(model)
     sites, skipped = [], []
     readers: dict[int, str] = {}
@@ -53,7 +56,7 @@ def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
             reads = readers.setdefault(calls[name][0], name)
         bias = getattr(module, "bias", None) is not None
         site = _site(model, name, shape, bias, module.weight.element_size(), blocks, reads)
-        sites.append(replace(site, calls=max(1, len(calls[name]))))
+        sites.append(replace(site, calls=max(1, len(calls[name])), reads_text=name not in towers))
     for name, parameter, reason in _other_matrices(model, set(linears)):
         if reason:
             skipped.append(Skipped(name, tuple(parameter.shape), reason))
@@ -89,7 +92,7 @@ def _site(
 ) -> Site:
     block = next((path for path in blocks if name.startswith(f"{path}.")), None)
     kind = _star(name.removeprefix(f"{block}.") if block else name)
-    parts = fused_parts(model.config, name, shape[0])
+    parts = fused_parts(text_config(model), name, shape[0])
     return Site(name, shape[0], shape[1], bias, bytes_per_parameter, block, kind, reads, parts)
 
 
@@ -116,6 +119,8 @@ def _blocks(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[str]:
     ]
     # A list of lists, as Funnel has, holds blocks only in its inner lists.
     lists = [name for name in lists if not isinstance(model.get_submodule(f"{name}.0"), nn.ModuleList)]
+    # A list of layers, as Gemma 3n has them before and after its blocks, is none of blocks.
+    lists = [name for name in lists if f"{name}.0" not in linears]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
     holding = [name for name in outermost if any(linear.startswith(f"{name}.") for linear in linears)]
     return [f"{name}.{index}" for name in holding for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
@@ -131,10 +136,51 @@ def block_paths(model: nn.Module) -> list[str]:
     return _blocks(model, linears)
 
 
+def _towers(
+    model: Any, linears: Mapping[str, nn.Module], blocks: Sequence[str], calls: Mapping[str, Sequence[int]]
+) -> set[str]:
+    """Layers that text does not reach: parts that it does not call, and layers whose input it does not change."""
+    device = next(model.parameters()).device
+    reached = {block for block in blocks if any(calls[name] for name in linears if name.startswith(f"{block}."))}
+    lists = {block.rpartition(".")[0] for block in reached}
+    named = {name: next((block for block in blocks if name.startswith(f"{block}.")), None) for name in linears}
+    # In a list of blocks of which text reaches one, a layer that is not called is an expert, or is never called.
+    apart = {
+        name
+        for name, block in named.items()
+        if not calls[name] and (block is None or block.rpartition(".")[0] not in lists)
+    }
+    apart = {name for name in apart if not _is_read_directly(model, name)}
+    if device.type == "meta":
+        return apart
+    first, second = (_inputs_of(model, linears, seed) for seed in (0, 1))
+    same = {name for name in first.keys() & second.keys() if all(map(torch.equal, first[name], second[name]))}
+    return apart | same
+
+
+def _is_read_directly(model: nn.Module, name: str) -> bool:
+    """Whether torch's own attention owns the layer, which hands its weight to a fused kernel."""
+    return any(isinstance(owner, nn.MultiheadAttention) for owner in _owners(model, name))
+
+
+def _inputs_of(model: Any, linears: Mapping[str, nn.Module], seed: int) -> dict[str, list[Tensor]]:
+    """What every layer reads in one forward pass on a few tokens, thinned out."""
+    read: dict[str, list[Tensor]] = {}
+
+    def hook_for(name: str) -> Any:
+        return lambda _, args: read.setdefault(name, []).append(args[0].detach().flatten()[:4096].clone())
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in linears.items():
+            stack.callback(module.register_forward_pre_hook(hook_for(name)).remove)
+        device = next(model.parameters()).device
+        model(**text_arguments(model, example_ids(model, device, seed)))
+    return read
+
+
 def _trace(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str, Tensor] | None) -> dict[str, list[int]]:
     """For every linear layer the identities of the tensors it was called with, in one forward pass."""
     device = next(model.parameters()).device
-    inputs = {name: value.to(device) for name, value in (inputs or _default_inputs(model, device)).items()}
     seen: dict[str, list[int]] = {name: [] for name in linears}
     alive: list[Tensor] = []
 
@@ -146,22 +192,18 @@ def _trace(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str, Te
 
         return hook
 
-    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears.items()]
     training, implementation = model.training, getattr(model.config, "_experts_implementation", None)
     model.eval()
+    read = {name: value.to(device) for name, value in (inputs or _default_inputs(model, device)).items()}
+    handles = [module.register_forward_pre_hook(hook_for(name)) for name, module in linears.items()]
     if device.type == "meta" and implementation:
         # Only this implementation has no control flow that depends on data.
         model.config._experts_implementation = "batched_mm"
     try:
         with torch.no_grad():
-            model(**inputs)
-    except RuntimeError as error:
-        if device.type != "meta":
-            raise
-        raise ValueError(
-            f"{type(model).__name__}: this version of transformers cannot run the model without weights ({error}). "
-            "Load the weights, or install transformers 5."
-        ) from error
+            model(**read)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(_cannot_run(model, device, error, inputs is None)) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -171,17 +213,27 @@ def _trace(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str, Te
     return seen
 
 
+def _cannot_run(model: Any, device: torch.device, error: Exception, on_text: bool) -> str:
+    name, reason = type(model).__name__, (str(error).strip() or type(error).__name__).splitlines()[0]
+    if device.type == "meta":
+        return (
+            f"{name}: this version of transformers cannot run the model without weights ({reason}). Load the weights, "
+            "or install transformers 5."
+        )
+    if on_text:
+        return (
+            f"{name} must run on text alone, from which its layers are found and measured, but does not ({reason}). "
+            "Save the language model inside it, or pass an example of its arguments as inputs= in Python."
+        )
+    return f"{name} cannot be run on the inputs that were given: {reason}"
+
+
 def _default_inputs(model: Any, device: torch.device) -> dict[str, Tensor]:
     """A few token ids; embeddings where there are no weights, since masks and padding are checked by value."""
-    if model.main_input_name != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} reads {model.main_input_name}: pass an example of its arguments as inputs=."
-        )
     if device.type != "meta":
-        ids = {name: value for name, value in model.dummy_inputs.items() if isinstance(value, Tensor)}
-        if model.config.is_encoder_decoder:
-            ids.setdefault("decoder_input_ids", ids["input_ids"])
-        return {**ids, "attention_mask": torch.ones_like(ids["input_ids"])}
+        read = text_arguments(model, example_ids(model, device))
+        mask = {"attention_mask": torch.ones_like(read["input_ids"])} if "input_ids" in read else {}
+        return {**read, **mask}
     table = model.get_input_embeddings()
     embeddings = torch.empty(1, 4, table.embedding_dim, dtype=table.weight.dtype, device=device)
     decoder = {"decoder_inputs_embeds": embeddings} if model.config.is_encoder_decoder else {}
@@ -206,7 +258,9 @@ def _reason_against(
 ) -> str:
     """Why a linear layer is no site, or nothing."""
     weight = module.weight
-    experts = {getattr(model.config, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")}
+    experts = {
+        getattr(text_config(model), key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")
+    }
     others = [other for other in tied.get(id(weight), ()) if other != f"{name}.weight"]
     reasons = {
         f"stored as {weight.dtype}: already quantized": weight.dtype not in _DTYPES or weight.ndim != 2,

@@ -46,6 +46,8 @@ class Site:
     """What is fused into the matrix, where that is known."""
     calls: int = 1
     """How often one forward pass calls the layer: more than once where blocks share their weights."""
+    reads_text: bool = True
+    """Whether what the layer reads depends on text; layers that look at images or listen do not."""
 
     @property
     def parameters(self) -> int:
@@ -84,7 +86,7 @@ class Sites(Sequence[Site]):
         return self.all[index]
 
     def select(self, patterns: Sequence[str] = ()) -> Sites:
-        """The sites that match any pattern; without patterns those inside the blocks.
+        """The sites that match any pattern; without patterns those inside the blocks that read text.
 
         A pattern is a shell pattern for the whole name, the end of a name (`mlp.c_proj`), or a kind.
 
@@ -92,8 +94,13 @@ class Sites(Sequence[Site]):
             ValueError: If a pattern matches nothing.
         """
         if not patterns:
-            outside = [Skipped(s.name, (s.out_features, s.in_features), _OUTSIDE) for s in self.all if not s.block]
-            return Sites(tuple(s for s in self.all if s.block), (*self.skipped, *outside))
+            chosen = [site for site in self.all if site.block and site.reads_text]
+            outside = [
+                Skipped(site.name, (site.out_features, site.in_features), _OUTSIDE if site.reads_text else _NO_TEXT)
+                for site in self.all
+                if not (site.block and site.reads_text)
+            ]
+            return Sites(tuple(chosen), (*self.skipped, *outside))
         for pattern in patterns:
             if not any(_matches(site, pattern) for site in self.all):
                 kinds = sorted({site.kind for site in self.all})
@@ -106,6 +113,7 @@ class Sites(Sequence[Site]):
         return Sites(tuple(chosen), (*self.skipped, *rest))
 
 
+_NO_TEXT = "reads images or sound, not text: name it with a pattern to include it, with a method that needs no data"
 _OUTSIDE = "outside the blocks: name it with a pattern to include it"
 
 

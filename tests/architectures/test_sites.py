@@ -234,7 +234,7 @@ def test_models_that_read_no_tokens_ask_for_an_example() -> None:
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
     )
     model = ViTModel(config)
-    with pytest.raises(ValueError, match=r"ViTModel reads pixel_values: pass an example .* inputs="):
+    with pytest.raises(ValueError, match=r"ViTModel must run on text alone.* inputs="):
         find_sites(model)
     assert len(find_sites(model, {"pixel_values": torch.zeros(1, 3, 8, 8)}).select()) == 6
 

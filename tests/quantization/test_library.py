@@ -69,8 +69,41 @@ def test_layers_that_come_out_wrong_are_found_and_left(tmp_path: Path) -> None:
     with torch.no_grad():
         expected, found = model(IDS).logits, made(IDS).logits.float()
     assert float((found - expected).norm() / expected.norm()) < 0.3
-    # Of 176 numbers a row is no whole number of blocks: versions whose kernel misreads that leave the layer alone.
-    assert set(summary.left) <= {"model.layers.0.mlp.down_proj"}
+    # Rows of 176 numbers are no whole number of blocks, and 176 rows none of 32: which kernels fail differs by CPU.
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {*summary.quantized, *summary.left} == linears - {"lm_head"}
+    assert set(summary.left) <= {f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_what_is_stored_does_not_depend_on_whether_the_model_ran(scheme: str, tmp_path: Path) -> None:
+    """Kernels of some CPUs repack the weights in the first pass."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'rankfold[quantization]'")
+    save(llama(rank=None), None, tmp_path / "dense")
+    made, _ = quantize_by_library(tmp_path / "dense", scheme)
+    save(made, None, tmp_path / "out")
+    model = load_model(tmp_path / "out")
+    before = {name: part.clone() for name, part in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(IDS).logits
+        for name, part in model.state_dict().items():
+            assert torch.equal(part, before[name]), name
+        # Looking at the state has changed nothing either.
+        torch.testing.assert_close(model(IDS).logits, expected)
+        save(model, None, tmp_path / "again")
+        torch.testing.assert_close(load_model(tmp_path / "again")(IDS).logits, expected)
+
+
+def test_a_layer_that_ran_before_anyone_watched_is_saved_as_it_computes(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'rankfold[quantization]'")
+    save(llama(rank=None), None, tmp_path / "dense")
+    made, _ = quantize_by_library(tmp_path / "dense", "nf4")
+    save(made, None, tmp_path / "out")
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = plain(IDS).logits
+        save(plain, None, tmp_path / "again")
+        torch.testing.assert_close(load_model(tmp_path / "again")(IDS).logits, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_an_unknown_scheme_says_so(tmp_path: Path) -> None:
