@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup environments demo check test test-oldest clean
+.PHONY: setup environments demo check test test-oldest architectures clean
 
 setup: $(VENV)/ready
 
@@ -44,6 +44,11 @@ NOT_OLDEST = tests/factorization tests/allocation tests/golden tests/exploration
 
 test-oldest: $(OLDEST)/ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 $(addprefix --ignore=,$(NOT_OLDEST)) tests
+
+# Every architecture at both ends of the supported range, and docs/architectures.md; an interrupted run resumes.
+architectures: $(VENV)/ready $(OLDEST)/ready
+	$(OLDEST)/bin/python experiments/architectures.py
+	$(BIN)/python experiments/architectures.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) demo-checkpoint

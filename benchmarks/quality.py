@@ -43,7 +43,7 @@ from rankfold.calibration import (
     token_stream,
 )
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compress import compress_in_rounds, matrix_of, predicted_losses
+from rankfold.compression import compress_in_rounds, matrix_of, predicted_losses
 from rankfold.factorization import METHODS, SiteMoments, truncated_svd
 from rankfold.measure import circumstances, evaluation_windows
 from rankfold.modules import linear_at

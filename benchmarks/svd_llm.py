@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankfold import Record, allocate, calibrate, compress, find_sites
 from rankfold.calibration import summed_loss
-from rankfold.compress import compress_in_rounds
+from rankfold.compression import compress_in_rounds
 from rankfold.measure import circumstances
 
 ROOT = Path(__file__).parent.parent

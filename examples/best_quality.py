@@ -5,7 +5,7 @@ from pathlib import Path
 from rankfold import allocate, find_sites
 from rankfold.calibration import calibration_batches, load_corpus, summed_loss
 from rankfold.checkpoint import load_model, load_tokenizer, save
-from rankfold.compress import compress_in_rounds
+from rankfold.compression import compress_in_rounds
 from rankfold.modules import linear_at
 from rankfold.recovery import refine_blocks
 

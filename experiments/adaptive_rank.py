@@ -16,7 +16,7 @@ from lord import Results, Subject, quiet
 from rankfold import allocate, calibrate, compress, find_sites
 from rankfold.allocation import break_even_rank
 from rankfold.calibration import summed_loss
-from rankfold.compress import adapt, nest, predicted_losses, shrink
+from rankfold.compression import adapt, nest, predicted_losses, shrink
 from rankfold.cost import parameter_count, relative_cost
 from rankfold.plan import Option, Plan, stored_parameters
 from rankfold.quality import paired_difference

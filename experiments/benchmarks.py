@@ -19,7 +19,7 @@ from lord import RESULTS, quiet
 from rankfold import Record, allocate, find_sites
 from rankfold.calibration import make_batches, random_windows, summed_loss, token_stream
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compress import compress_in_rounds
+from rankfold.compression import compress_in_rounds
 from rankfold.harness import BENCHMARKS, ask, benchmark_records, convert_data
 from rankfold.measure import circumstances
 

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassi
 from rankfold import Record, allocate, compress, find_sites
 from rankfold.calibration import Corpus, load_corpus, make_batches
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compress import restore
+from rankfold.compression import restore
 from rankfold.cost import open_meter, relative_cost
 from rankfold.measure import circumstances, evaluation_windows
 from rankfold.modules import linear_at

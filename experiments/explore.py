@@ -17,7 +17,7 @@ from lord import Results, Subject, quiet
 
 from rankfold import calibrate, find_sites
 from rankfold.calibration import summed_loss
-from rankfold.compress import predicted_losses
+from rankfold.compression import predicted_losses
 from rankfold.exploration import Bench, DesignSpace, choices, hypervolume, prices, starting_points
 from rankfold.exploration.study import Done, finished, open_study, search
 from rankfold.quality import next_token_score

@@ -17,7 +17,7 @@ import torch
 from lord import Results, Subject, quiet
 
 from rankfold import allocate, compress, find_sites
-from rankfold.compress import compress_stacks, matrix_of
+from rankfold.compression import compress_stacks, matrix_of
 from rankfold.modules import linear_at
 from rankfold.quality import paired_difference
 

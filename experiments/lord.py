@@ -14,7 +14,7 @@ from torch import Tensor
 from rankfold import Record, allocate, calibrate, compress, find_sites
 from rankfold.calibration import load_corpus, make_batches, random_windows, summed_loss, token_stream
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compress import compress_in_rounds
+from rankfold.compression import compress_in_rounds
 from rankfold.measure import circumstances, evaluation_windows
 from rankfold.quality import Quality, next_token_quality
 

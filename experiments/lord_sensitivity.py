@@ -20,7 +20,7 @@ from lord import MODELS, RESULTS, ROOT, Results, Subject, quiet
 
 from rankfold import Plan, allocate, calibrate, compress, find_sites
 from rankfold.calibration import summed_loss
-from rankfold.compress import predicted_losses
+from rankfold.compression import predicted_losses
 from rankfold.quality import Quality, next_token_score, paired_difference
 from rankfold.record import Record
 from rankfold.report.figures import draw_points

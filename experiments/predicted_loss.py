@@ -21,7 +21,7 @@ import transformers
 from rankfold import Record, Sites, calibrate, find_sites
 from rankfold.calibration import load_corpus, make_batches, random_windows, split_windows, summed_loss, token_stream
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compress import matrix_of
+from rankfold.compression import matrix_of
 from rankfold.factorization import SiteMoments, ordered_kfac
 from rankfold.measure import circumstances
 from rankfold.modules import linear_at

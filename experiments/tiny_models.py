@@ -164,7 +164,7 @@ def tiny_config(model_type: str) -> Any:
                 place[name] = value
         return config_class(**settings)
     except Exception as error:  # whatever a configuration raises is its reason
-        raise NotTinyError(f"its configuration: {_first_line(error)}") from error
+        raise NotTinyError(f"its configuration: {first_line(error)}") from error
 
 
 def tiny_model(model_type: str, head: str, seed: int = 0) -> Any:
@@ -177,14 +177,14 @@ def tiny_model(model_type: str, head: str, seed: int = 0) -> Any:
     auto = getattr(transformers, HEADS[head][0])
     torch.manual_seed(seed)
     text = config.get_text_config()
-    if text.pad_token_id is None:
+    if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 1
     try:
         model = auto.from_config(config)
     except Exception as error:  # the same
-        raise NotTinyError(f"its model: {_first_line(error)}") from error
+        raise NotTinyError(f"its model: {first_line(error)}") from error
     size = sum(parameter.numel() for parameter in model.parameters())
     if size > 30_000_000:
         raise NotTinyError(f"{size:,} parameters are left after shrinking")
@@ -292,6 +292,7 @@ def text_inputs(model: Any, length: int = 12, batch: int = 2, seed: int = 0) -> 
     return {"input_ids": ids}
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the beginning of what it says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines)[:160]}"

@@ -13,14 +13,12 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 from transformers.pytorch_utils import Conv1D
 
+from rankfold.errors import InputError
 from rankfold.modules import Factorized, FactorizedLinear, LinearStack, SpQRLinear, restack
 from rankfold.plan import Plan
-
-PREFIX = "rankfold-"
-"""Begins every model type of ours, so that no loader takes a checkpoint for the stock model."""
+from rankfold.registration import PREFIX
 
 CODE_FILE = "modeling_rankfold.py"
 """The file in a checkpoint that loads it where rankfold is not installed."""
@@ -112,33 +110,20 @@ def stock_models(config: type[PretrainedConfig]) -> dict[str, type[PreTrainedMod
     return found
 
 
-class _LazyTypes(dict[str, Any]):
-    """Our model types, each made when it is asked for: making all of them would import every architecture."""
-
-    def __contains__(self, model_type: object) -> bool:
-        return super().__contains__(model_type) or (
-            isinstance(model_type, str)
-            and model_type.startswith(PREFIX)
-            and model_type.removeprefix(PREFIX) in CONFIG_MAPPING_NAMES
-        )
-
-    def __missing__(self, model_type: str) -> type[PretrainedConfig]:
-        return config_class_for(CONFIG_MAPPING[model_type.removeprefix(PREFIX)])
-
-
-def register() -> None:
-    """Let transformers' Auto classes know our model types; done when rankfold is imported."""
-    if not isinstance(CONFIG_MAPPING._extra_content, _LazyTypes):
-        CONFIG_MAPPING._extra_content = _LazyTypes(CONFIG_MAPPING._extra_content)
-
-
 def adopt(model: Any, plan: Plan) -> None:
     """Turn a model with replaced modules into one of our classes, in place, so that it saves and loads as itself."""
     config_class = config_class_for(stock_class(type(model.config)))
-    model.config.__class__ = config_class
+    _retype(model.config, config_class)
     model.__class__ = model_class_for(stock_class(type(model)), config_class)
     model.config.rankfold = plan.to_dict()
     model.config.architectures = [type(model).__name__]
+
+
+def _retype(config: Any, config_class: type[PretrainedConfig]) -> None:
+    """Make a configuration one of another class, whose model type it then says."""
+    config.__class__ = config_class
+    # One that came from disk also holds the type that it had there.
+    vars(config).pop("model_type", None)
 
 
 def release(model: Any) -> None:
@@ -162,7 +147,7 @@ def release(model: Any) -> None:
         model.set_submodule(path, dense)
     restack(model)
     _add_zero_biases(model, pattern)
-    model.config.__class__ = type(config)
+    _retype(model.config, type(config))
     model.__class__ = stock
     for flag in _BIAS_FLAGS:
         if hasattr(config, flag):
@@ -205,7 +190,7 @@ def _pattern_with(stock: type[Any], config: PretrainedConfig, biases: set[str]) 
         missing = {name for name in biases if "experts" in name} | (biases - dict(pattern.named_parameters()).keys())
         if not missing:
             return plain, pattern
-    raise ValueError(
+    raise InputError(
         f"A dense {stock.__name__} has no place for the biases that were added, for example {sorted(missing)[0]}. "
         "Keep the factorized checkpoint, or compress with a method that adds none, such as whitened."
     )
@@ -229,6 +214,33 @@ def to_conv1d(linear: nn.Linear) -> nn.Module:
     return conv
 
 
+def auto_class_for(config: Any) -> Any:
+    """The Auto class whose model for this configuration is the one that the configuration names.
+
+    Raises:
+        ValueError: If the configuration names a model that none of them loads.
+    """
+    wanted = (config.architectures or [None])[0]
+    found = {}
+    for name in AUTO_CLASSES:
+        mapping = getattr(transformers, name)._model_mapping
+        if type(config) in mapping:
+            classes = mapping[type(config)]
+            found[name] = {cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))}
+    for name, classes in found.items():
+        if wanted in classes:
+            return getattr(transformers, name)
+    if wanted is not None and found:
+        known = sorted(set().union(*found.values()))
+        raise InputError(
+            f"The checkpoint holds a {wanted}, but of this architecture only {known} are supported. "
+            "Load it with transformers and save the part that you want to compress."
+        )
+    return getattr(
+        transformers, "AutoModelForCausalLM" if "AutoModelForCausalLM" in found or not found else "AutoModel"
+    )
+
+
 def _auto_map(stock: type[PretrainedConfig]) -> dict[str, str]:
     module = CODE_FILE.removesuffix(".py")
     models = {auto: f"{module}.{made_name(cls, stock)}" for auto, cls in stock_models(stock).items()}
@@ -242,7 +254,7 @@ def modeling_code(stock: type[PretrainedConfig]) -> str:
     """
     models = list(dict.fromkeys(stock_models(stock).values()))
     names = ", ".join(sorted([stock.__name__, *(model.__name__ for model in models)]))
-    sources = [_definitions(f"rankfold.modules.{name}") for name in _MODULE_FILES]
+    sources = [_definitions(name) for name in ("rankfold.errors", *(f"rankfold.modules.{n}" for n in _MODULE_FILES))]
     config = f'class Rankfold{stock.__name__}({stock.__name__}):\n    model_type = "{PREFIX}{stock.model_type}"\n'
     classes = [
         f"class {made_name(model, stock)}(Factorized, {model.__name__}):\n    config_class = Rankfold{stock.__name__}\n"

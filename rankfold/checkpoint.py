@@ -10,12 +10,14 @@ from typing import Any
 
 import safetensors
 import torch
-import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
-from rankfold.architectures import AUTO_CLASSES, PREFIX, release
+from rankfold.architectures import auto_class_for, release
+from rankfold.errors import InputError
 from rankfold.modules import keep_storage, restore_storage
+from rankfold.registration import PREFIX
 from rankfold.shards import check_folder, whole_folder
+from rankfold.written import check_written, copy_small_files
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -42,7 +44,7 @@ def load_model(
         ValueError: If there is no such model, a shard is missing or damaged, or weights that the model needs are
             not in the checkpoint.
     """
-    _check_device(device)
+    device = chosen_device(device)
     if (Path(source) / ADAPTER).is_file():
         return _with_adapters(Path(source), dtype, device, trust_remote_code)
     _check_source(source)
@@ -63,12 +65,12 @@ def load_model(
     except OSError as error:
         reason = str(error).splitlines()[0]
         message = f"{source}: no model folder, and no model of this name can be reached on the hub ({reason})"
-        raise ValueError(message) from error
+        raise InputError(message) from error
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{source}: a shard cannot be read ({error}). Copy or download it again.") from error
+        raise InputError(f"{source}: a shard cannot be read ({error}). Copy or download it again.") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{source}: the checkpoint must hold all weights of {type(model).__name__}, but {len(missing)} are missing "
             f"or of another shape, for example {missing[:3]}. They would be random; take a whole checkpoint."
         )
@@ -81,7 +83,7 @@ def _with_adapters(folder: Path, dtype: Any, device: Any, trust_remote_code: boo
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ValueError(f"{folder}: adapters need PEFT: pip install 'rankfold[recovery]'") from error
+        raise InputError(f"{folder}: adapters need PEFT: pip install 'rankfold[recovery]'") from error
     base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
     model = load_model(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     return PeftModel.from_pretrained(model, folder).eval()
@@ -112,33 +114,6 @@ def save_adapters(
     return target
 
 
-def auto_class_for(config: Any) -> Any:
-    """The Auto class whose model for this configuration is the one that the configuration names.
-
-    Raises:
-        ValueError: If the configuration names a model that none of them loads.
-    """
-    wanted = (config.architectures or [None])[0]
-    found = {}
-    for name in AUTO_CLASSES:
-        mapping = getattr(transformers, name)._model_mapping
-        if type(config) in mapping:
-            classes = mapping[type(config)]
-            found[name] = {cls.__name__ for cls in (classes if isinstance(classes, tuple) else (classes,))}
-    for name, classes in found.items():
-        if wanted in classes:
-            return getattr(transformers, name)
-    if wanted is not None and found:
-        known = sorted(set().union(*found.values()))
-        raise ValueError(
-            f"The checkpoint holds a {wanted}, but of this architecture only {known} are supported. "
-            "Load it with transformers and save the part that you want to compress."
-        )
-    return getattr(
-        transformers, "AutoModelForCausalLM" if "AutoModelForCausalLM" in found or not found else "AutoModel"
-    )
-
-
 def stored_dtype(source: str | Path) -> torch.dtype:
     """Dtype in which a checkpoint says that its weights are stored; float32 where it does not."""
     dtype = AutoConfig.from_pretrained(source).dtype
@@ -157,7 +132,7 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         ValueError: If there is none.
     """
     if not _may_have_tokenizer(source):
-        raise ValueError(f"{source}: no tokenizer lies beside the model. Copy its files there.")
+        raise InputError(f"{source}: no tokenizer lies beside the model. Copy its files there.")
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, KeyError, ValueError) as error:
@@ -165,7 +140,7 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         if "TokenizersBackend" in str(error):
             return PreTrainedTokenizerFast.from_pretrained(source)
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{source}: the tokenizer beside the model cannot be read ({reason}).") from error
+        raise InputError(f"{source}: the tokenizer beside the model cannot be read ({reason}).") from error
 
 
 def tokenizer_if_any(source: str | Path) -> Any:
@@ -178,26 +153,37 @@ def _may_have_tokenizer(source: str | Path) -> bool:
     return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in ("*token*", "*vocab*", "*.model"))
 
 
-def save(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
+def save(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write a model and its tokenizer as a folder that `from_pretrained` loads, whole or not at all.
+
+    What was written is loaded back and compared with the model before the folder takes its name.
 
     Args:
         model: A model, usually after `rankfold.compress`.
         tokenizer: Its tokenizer, or `None`.
         folder: Where to write; weights go to a temporary folder beside it, which is renamed when whole.
+        source: The model from which this one was made: the small files beside its weights (processor, chat template,
+            licence) travel along.
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        ValueError: If the folder exists, or the disk is full.
+        ValueError: If the folder exists, the disk is full, or what was written does not load as what it was.
     """
     target = Path(folder)
     restore_storage(model)
     with _written(target, overwrite) as partial:
-        # transformers (5.24) cannot take back how it loaded a library's few bits: such weights keep their names.
-        names = {"save_original_format": False} if getattr(model, "hf_quantizer", None) is not None else {}
-        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE, **names)
+        _write_weights(model, partial, target)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        if source is not None:
+            copy_small_files(source, partial, note=_card_note(model))
         check_folder(partial)
     return target
 
@@ -209,7 +195,32 @@ def _written(target: Path, overwrite: bool) -> Iterator[Path]:
         with whole_folder(target, overwrite) as partial:
             yield partial
     except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{target}: the checkpoint could not be written ({error}); nothing was left there.") from error
+        raise InputError(f"{target}: the checkpoint could not be written ({error}); nothing was left there.") from error
+
+
+def _write_weights(model: Any, folder: Path, target: Path) -> None:
+    """Write weights and configuration, and load them back.
+
+    Stock models are written under the names that their kind has on disk. Where transformers cannot take back its own
+    renaming (few bits in 5.24, and some experts), under the names of the modules, which it loads as well.
+    """
+    quantized = getattr(model, "hf_quantizer", None) is not None
+    stock = not model.config.model_type.startswith(PREFIX)
+    if stock and not quantized:
+        try:
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+            return check_written(model, folder, target)
+        except (InputError, RuntimeError):
+            for file in folder.glob("*.safetensors*"):
+                file.unlink()
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE, save_original_format=False)
+    return check_written(model, folder, target)
+
+
+def _card_note(model: Any) -> str:
+    """What a model card must say of a model that was made from another."""
+    made = "compressed" if model.config.model_type.startswith(PREFIX) else "made"
+    return f"This checkpoint was {made} with rankfold from the model that is described below."
 
 
 def is_factorized(folder: str | Path) -> bool:
@@ -218,30 +229,49 @@ def is_factorized(folder: str | Path) -> bool:
     return config.is_file() and str(json.loads(config.read_text()).get("model_type", "")).startswith(PREFIX)
 
 
-def export_dense(model: Any, tokenizer: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
+def export_dense(
+    model: Any,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Multiply all factors out and write an ordinary checkpoint that needs no rankfold; the model becomes dense.
 
     Raises:
         ValueError: If the model is not factorized, the folder exists, or the disk is full.
     """
     if not model.config.model_type.startswith(PREFIX):
-        raise ValueError(
+        raise InputError(
             f"A {type(model).__name__} is an ordinary model already: there are no factors to multiply out."
         )
     release(model)
-    return save(model, tokenizer, folder, overwrite=overwrite)
+    return save(model, tokenizer, folder, source=source, overwrite=overwrite)
 
 
-def _check_device(device: torch.device | str | None) -> None:
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"The device {device} was asked for, but torch {torch.__version__} sees no CUDA device here.")
+def chosen_device(device: torch.device | str | None) -> torch.device | str | None:
+    """The device that a name stands for; `auto` is CUDA where there is one, otherwise the CPU.
+
+    Raises:
+        ValueError: If there is no device of this name.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = None if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"A device must be auto, cpu, cuda or cuda:1, but got {device!r}.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"The device {device} was asked for, but torch {torch.__version__} sees no CUDA device here.")
+    return device
 
 
 def _check_source(source: str | Path) -> None:
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise ValueError(f"{path}: a model folder must hold config.json, but this one does not.")
+            raise InputError(f"{path}: a model folder must hold config.json, but this one does not.")
         check_folder(path)
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
-        raise ValueError(f"{source}: a model must be a folder with config.json, or a name on the hub; no such folder.")
+        raise InputError(f"{source}: a model must be a folder with config.json, or a name on the hub; no such folder.")

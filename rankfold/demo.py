@@ -11,6 +11,7 @@ import transformers
 
 from rankfold.calibration import load_corpus
 from rankfold.checkpoint import is_factorized, load_model, load_tokenizer, save
+from rankfold.errors import InputError
 from rankfold.measure import circumstances, evaluation_windows, measure_latency, measure_quality, measure_size, table
 from rankfold.pipeline import Budget, Settings, compress_within, read_text
 from rankfold.shards import check_target
@@ -31,7 +32,7 @@ def bundled_model() -> Path:
     for folder in (package / "models" / MODEL, package.parent / "models" / MODEL):
         if folder.is_dir():
             return folder
-    raise ValueError(f"The bundled model {MODEL} lies neither in the package nor beside it: install rankfold again.")
+    raise InputError(f"The bundled model {MODEL} lies neither in the package nor beside it: install rankfold again.")
 
 
 def run(output: Path, keep: float) -> None:

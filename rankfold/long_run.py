@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rankfold.cost import cache_bytes, cache_of
+from rankfold.errors import InputError
 from rankfold.quality import distinct_share, next_token_quality, repeated_share
 
 
@@ -62,7 +63,7 @@ def write_long(
         ValueError: If the prompt does not fit, or a logit is not finite.
     """
     if not 0 < len(prompt) <= window // 2:
-        raise ValueError(f"A prompt must fill at most half of the window of {window} tokens, but has {len(prompt)}.")
+        raise InputError(f"A prompt must fill at most half of the window of {window} tokens, but has {len(prompt)}.")
     generator = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     text = prompt.tolist()
@@ -80,7 +81,7 @@ def write_long(
         cache, held = cache_of(output), held + len(read)
         logits = output.logits[0, -1].float().cpu()
         if not bool(torch.isfinite(logits).all()):
-            raise ValueError(f"Logits must be finite, but token {len(seconds)} of the run gives NaN or infinity.")
+            raise InputError(f"Logits must be finite, but token {len(seconds)} of the run gives NaN or infinity.")
         chances = (logits / temperature).softmax(-1)
         text.append(int(torch.multinomial(chances, 1, generator=generator)))
         seconds.append(time.perf_counter() - start)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rankfold.errors import InputError
+
 PLAN_VERSION = 1
 """Version of the stored plan; a reader refuses a newer one instead of guessing."""
 
@@ -119,9 +121,9 @@ class Plan:
         """
         version = data.get("plan_version")
         if not isinstance(version, int):
-            raise ValueError(f"A plan must hold an integer `plan_version`, but this one holds {version!r}.")
+            raise InputError(f"A plan must hold an integer `plan_version`, but this one holds {version!r}.")
         if version > PLAN_VERSION:
-            raise ValueError(
+            raise InputError(
                 f"This rankfold reads plans up to version {PLAN_VERSION}, but got one of version {version}. "
                 "Install a newer rankfold: pip install --upgrade rankfold"
             )
@@ -154,7 +156,7 @@ def stored_parameters(form: str, out_features: int, in_features: int, ranks: tup
     elif form == "pivoted":
         weights = ranks[0] * (out_features + in_features - ranks[0])
     else:
-        raise ValueError(f"A form must be `dense`, `low_rank`, `tucker` or `pivoted`, but got {form!r}.")
+        raise InputError(f"A form must be `dense`, `low_rank`, `tucker` or `pivoted`, but got {form!r}.")
     return weights + out_features * bias
 
 

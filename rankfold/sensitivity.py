@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from rankfold.calibration import calibrate, summed_loss
-from rankfold.compress import compress, restore, with_layers
+from rankfold.compression import compress, restore, with_layers
+from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.modules import linear_at
 from rankfold.plan import Option, Plan, stored_parameters
@@ -106,15 +107,15 @@ def sensitivity_trials(
         ValueError: If the method or grouping is unknown, a share is out of range, or there are too few blocks.
     """
     if method not in METHODS or by not in STUDIES:
-        raise ValueError(
+        raise InputError(
             f"A study needs a method of {', '.join(METHODS)} and groups by {' or '.join(STUDIES)}, but got {method!r} "
             f"and {by!r}."
         )
     if not all(0 <= share <= 1 for share in shares):
-        raise ValueError(f"Shares of the full rank lie in [0, 1], 0 being rank 1, but got {list(shares)}.")
+        raise InputError(f"Shares of the full rank lie in [0, 1], 0 being rank 1, but got {list(shares)}.")
     groups = STUDIES[by](sites)
     if not groups:
-        raise ValueError(f"The model has too few blocks to study {by}: choose another --by.")
+        raise InputError(f"The model has too few blocks to study {by}: choose another --by.")
     return [
         Trial(name, share, tuple(_option(site, share, method) for site in group), sum(s.parameters for s in group))
         for name, group in groups.items()
@@ -242,8 +243,8 @@ def _read(file: Path, study: str) -> dict[tuple[str, float], Record]:
         if not foreign:
             return {(record.context["group"], record.context["share"]): record for record in records}
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file}: no records of a study ({error}). Name another file, or remove this one.") from error
-    raise ValueError(
+        raise InputError(f"{file}: no records of a study ({error}). Name another file, or remove this one.") from error
+    raise InputError(
         f"{file}: holds records of another study: another model, text, method or version. Name another file."
     )
 
@@ -268,7 +269,7 @@ def measured_losses(records: Sequence[Record], sites: Sequence[Site]) -> dict[st
     for site in sites:
         group = next((key(site) for key in GROUPS.values() if key(site) in curves), None)
         if group is None:
-            raise ValueError(
+            raise InputError(
                 f"{site.name}: this site was not measured in the study. Measure all sites that you choose."
             )
         together = sum(any(key(other) == group for key in GROUPS.values()) for other in sites)

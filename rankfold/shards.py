@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rankfold.errors import InputError
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -24,13 +26,13 @@ def shard_files(folder: Path) -> list[Path]:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"{folder}: the index names shards that are not there: {missing}. Copy or download them again."
             )
         return [folder / name for name in names]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
-    raise ValueError(
+    raise InputError(
         f"{folder}: a model folder must hold {SINGLE} or {INDEX}, but holds {_names(folder)}. "
         "Rankfold reads safetensors only; convert a pickled checkpoint with transformers' save_pretrained."
     )
@@ -50,17 +52,17 @@ def check_shard(path: Path) -> None:
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size < 8 or header_bytes > size - 8:
-            raise ValueError(f"{path}: no whole safetensors header in {size} bytes. Copy or download the file again.")
+            raise InputError(f"{path}: no whole safetensors header in {size} bytes. Copy or download the file again.")
         try:
             header = json.loads(file.read(header_bytes))
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}: the safetensors header cannot be read. Copy or download the file again."
             ) from error
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     expected = 8 + header_bytes + max(ends, default=0)
     if size != expected:
-        raise ValueError(f"{path}: must hold {expected} bytes but holds {size}: truncated or damaged. Copy it again.")
+        raise InputError(f"{path}: must hold {expected} bytes but holds {size}: truncated or damaged. Copy it again.")
 
 
 def check_folder(folder: Path) -> None:
@@ -105,13 +107,13 @@ def check_target(target: Path, overwrite: bool) -> None:
             that is no model folder may never be.
     """
     if target.is_file():
-        raise ValueError(f"{target}: the output must be a folder, but a file of this name exists. Choose another name.")
+        raise InputError(f"{target}: the output must be a folder, but a file of this name exists. Choose another name.")
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{target}: the output folder exists and is not empty. Choose another, or pass --overwrite.")
+        raise InputError(f"{target}: the output folder exists and is not empty. Choose another, or pass --overwrite.")
     if not any((target / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(
+        raise InputError(
             f"{target}: only a model folder is overwritten, and this one has no config.json. Choose another."
         )
 

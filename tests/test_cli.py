@@ -21,7 +21,7 @@ import typer
 from conftest import ROOT
 
 from rankfold.checkpoint import load_model
-from rankfold.cli import app, main
+from rankfold.cli import VERBS, main, verb_function
 from rankfold.record import Record
 from rankfold.terminal import console
 
@@ -69,11 +69,11 @@ def records(text: str) -> dict[tuple[str, str], Record]:
     return {(record.subject, record.name): record for record in found}
 
 
-@pytest.mark.parametrize("command", app.registered_commands, ids=lambda command: command.callback.__name__)
-def test_a_verb_has_few_options_and_help_for_each(command: typer.models.CommandInfo) -> None:
-    assert command.callback is not None
-    assert command.callback.__doc__
-    parameters = inspect.signature(command.callback, eval_str=True).parameters
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_has_few_options_and_help_for_each(verb: str) -> None:
+    function = verb_function(verb)
+    assert function.__doc__.splitlines()[0] == VERBS[verb]
+    parameters = inspect.signature(function, eval_str=True).parameters
     options: dict[str | None, list[str]] = {}
     for name, parameter in parameters.items():
         info = parameter.annotation.__metadata__[0]
@@ -86,7 +86,8 @@ def test_a_verb_has_few_options_and_help_for_each(command: typer.models.CommandI
 
 
 def test_help_lists_the_verbs() -> None:
-    text = run_alone("--help").stdout
+    done = run_alone("--help")
+    text = done.stdout
     assert all(
         verb in text
         for verb in (
@@ -106,7 +107,60 @@ def test_help_lists_the_verbs() -> None:
             "demo",
         )
     )
+    assert "--debug" in text
+    assert done.stderr == ""
     assert "--keep" in run("compress", "--help").stdout
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """What takes seconds is imported by the verbs that need it."""
+    code = (
+        "import sys; sys.argv = ['rankfold', '--help']\n"
+        "from rankfold.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pandas', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_what_was_not_foreseen_shows_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("'2' is not in list")
+
+    monkeypatch.setattr("rankfold.cli.inspect.load_model", broken)
+    done = run("inspect", MODEL, code=1)
+    assert "Traceback" in done.stderr
+    assert "was not foreseen" in done.stderr
+
+
+def test_debug_shows_the_trace_of_a_mistake_too() -> None:
+    assert "Traceback" not in run("inspect", "./nowhere", code=2).stderr
+    for arguments in (("--debug", "inspect", "./nowhere"), ("inspect", "./nowhere", "--debug")):
+        assert "Traceback" in run(*arguments, code=2).stderr
+
+
+def test_an_interrupt_says_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rankfold.cli.compress.compress_within", interrupted)
+    done = run("compress", MODEL, str(tmp_path / "out"), "--refine", "2", "--sequences", "4", code=130)
+    assert "nothing was written to" in done.stderr
+    assert "resumes with the refined blocks" in done.stderr
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rankfold import terminal
+
+    said: list[str] = []
+    monkeypatch.setattr(terminal, "say", said.append)
+    monkeypatch.setattr(terminal, "SECONDS_BETWEEN_LINES", 0.0)
+    with terminal.progress("blocks", 3) as advance:
+        for _ in range(3):
+            advance()
+    assert [line.split(",")[0] for line in said] == ["blocks: 1 of 3", "blocks: 2 of 3"]
+    assert all(line.endswith(" left") for line in said)
 
 
 def test_evaluate_writes_programs_and_goes_on_after_a_kill(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from tiny import build
 
 from rankfold.checkpoint import export_dense, load_model, save
-from rankfold.compress import compress_stacks
+from rankfold.compression import compress_stacks
 from rankfold.cost import parameter_count
 from rankfold.factorization import STACK_METHODS, tucker_stack
 from rankfold.modules import JointLinear

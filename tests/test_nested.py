@@ -13,7 +13,7 @@ from tiny import build
 from rankfold import allocate, calibrate, compress, find_sites
 from rankfold.calibration import load_corpus, make_batches, random_windows, summed_loss, token_stream
 from rankfold.checkpoint import load_model, load_tokenizer, save
-from rankfold.compress import adapt, nest, predicted_losses, shrink
+from rankfold.compression import adapt, nest, predicted_losses, shrink
 from rankfold.cost import parameter_count
 from rankfold.modules import AdaptiveLinear
 

@@ -13,7 +13,7 @@ from conftest import stacked_experts
 from rankfold import Plan, allocate, calibrate, find_sites
 from rankfold.calibration import summed_loss
 from rankfold.checkpoint import load_model, save
-from rankfold.compress import compress_in_rounds, restore
+from rankfold.compression import compress_in_rounds, restore
 from rankfold.factorization import predicted_loss
 from rankfold.fingerprint import fingerprint
 from rankfold.modules import FactorizedLinear, linear_at

@@ -10,6 +10,7 @@ from rankfold.allocation.knapsack import Choice, Price, knapsack
 from rankfold.allocation.parity import parity
 from rankfold.allocation.ranks import BudgetError, break_even_rank, dense_option, rank_within
 from rankfold.allocation.uniform import uniform
+from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.plan import DENSE, Plan
 from rankfold.sites import Site
@@ -48,7 +49,7 @@ def allocate(  # noqa: PLR0913
         allocation: A key of `ALLOCATIONS`.
         form: `low_rank`, `tucker` or `pivoted`; without it the method's own.
         multiple: Ranks are lowered to a multiple of this.
-        losses: Predicted loss of every site at each rank from 0 to full (`rankfold.compress.predicted_losses`),
+        losses: Predicted loss of every site at each rank from 0 to full (`rankfold.compression.predicted_losses`),
             which `knapsack` needs.
         price: For `knapsack`: `parameters`, `bytes`, or a function that prices an option, for example in seconds.
         seed: Seed of everything random that made the plan's data.
@@ -59,15 +60,15 @@ def allocate(  # noqa: PLR0913
     """
     for name, value, known in (("method", method, METHODS), ("allocation", allocation, ALLOCATIONS)):
         if value not in known:
-            raise ValueError(f"The {name} must be one of {sorted(known)}, but got {value!r}.")
+            raise InputError(f"The {name} must be one of {sorted(known)}, but got {value!r}.")
     if (keep is None) == (rank is None):
-        raise ValueError(f"Exactly one of keep and rank must be given, but got keep={keep} and rank={rank}.")
+        raise InputError(f"Exactly one of keep and rank must be given, but got keep={keep} and rank={rank}.")
     if keep is not None and not 0 < keep <= 1:
-        raise ValueError(f"keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
+        raise InputError(f"keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
     if multiple < 1:
-        raise ValueError(f"Ranks can be lowered to a multiple of 1 or more, but got {multiple}.")
+        raise InputError(f"Ranks can be lowered to a multiple of 1 or more, but got {multiple}.")
     if not sites:
-        raise ValueError("There must be at least one site to decide on, but the model has none that were chosen.")
+        raise InputError("There must be at least one site to decide on, but the model has none that were chosen.")
     chosen = METHODS[method]
     form = _form(method, form)
     shared: dict[str, Any] = {"multiple": multiple, "adds_bias": chosen.adds_bias}
@@ -91,7 +92,7 @@ def _form(method: str, form: str | None) -> str:
     own = METHODS[method].form
     allowed = ("tucker",) if own == "tucker" else ("low_rank", "pivoted")
     if form is not None and form not in allowed:
-        raise ValueError(f"The method {method} can be stored as {' or '.join(allowed)}, but got the form {form!r}.")
+        raise InputError(f"The method {method} can be stored as {' or '.join(allowed)}, but got the form {form!r}.")
     return form or own
 
 
@@ -104,11 +105,11 @@ def _knapsack(
     shared: Mapping[str, Any],
 ) -> Choice:
     if keep is None:
-        raise ValueError("The knapsack shares out a budget: pass keep instead of a rank.")
+        raise InputError("The knapsack shares out a budget: pass keep instead of a rank.")
     if losses is None:
-        raise ValueError("The knapsack needs predicted losses: pass those of rankfold.compress.predicted_losses(...).")
+        raise InputError("The knapsack needs predicted losses: pass those of rankfold.compression.predicted_losses.")
     if isinstance(price, str) and price not in PRICES:
-        raise ValueError(f"A budget is counted in {' or '.join(PRICES)}, or by a function, but got {price!r}.")
+        raise InputError(f"A budget is counted in {' or '.join(PRICES)}, or by a function, but got {price!r}.")
     pricing = PRICES[price] if isinstance(price, str) else price
     dense = sum(pricing(dense_option([site])) for site in sites)
     return knapsack(sites, form, budget=keep * dense, losses=losses, price=pricing, **shared)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rankfold.errors import InputError
 from rankfold.plan import Option, mask_bytes, stored_parameters
 from rankfold.sites import Site
 
 
-class BudgetError(ValueError):
+class BudgetError(InputError):
     """A budget below what the smallest allowed ranks need."""
 
 
@@ -63,7 +64,7 @@ def option_at(form: str, group: Sequence[Site], rank: int, bias: bool) -> Option
     site = group[0]
     limit = min(site.out_features, site.in_features)
     if not 1 <= rank <= limit:
-        raise ValueError(
+        raise InputError(
             f"{site.name}: rank must lie between 1 and min(out, in) = {limit}, but got {rank} for a matrix of shape "
             f"({site.out_features}, {site.in_features}). Change --rank, or pass --keep to let the allocation choose it."
         )

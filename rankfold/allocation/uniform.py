@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rankfold.allocation.ranks import BudgetError, dense_option, groups, option_at, rank_within, round_rank
-from rankfold.plan import Option
+from rankfold.errors import InputError
+from rankfold.plan import DENSE, Option
 from rankfold.sites import Site
 
 
@@ -22,10 +23,23 @@ def uniform(
         multiple: Ranks are lowered to a multiple of this.
         adds_bias: Whether the method gives a bias to sites that have none.
 
+    Returns:
+        Options in the order of the sites; one whose matrix is too small for the budget stays dense, with a note.
+
     Raises:
-        ValueError: If even rank 1 needs more than the budget of a site, or `rank` is past a site's limit.
+        ValueError: If that holds for all of them.
     """
-    return tuple(_option(group, form, keep, rank, multiple, adds_bias) for group in groups(sites))
+    options: list[Option] = []
+    problem: InputError | None = None
+    for group in groups(sites):
+        try:
+            options.append(_option(group, form, keep, rank, multiple, adds_bias))
+        except InputError as error:
+            problem = problem or error
+            options.append(dense_option(group, "too small for any rank within this budget"))
+    if problem is not None and all(option.form == DENSE for option in options):
+        raise problem
+    return tuple(options)
 
 
 def _option(

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rankfold.errors import InputError
 from rankfold.sites import text_arguments, vocabulary_size
 
 BUNDLED = ("bundled:calibration", "bundled:python-held-out", "bundled:english-held-out")
@@ -58,7 +59,7 @@ def load_corpus(source: str | Path, limit_characters: int = 50_000_000) -> Corpu
     elif path.is_file():
         stream = _file_texts(path)
     elif path.is_dir() or _FILE_SUFFIXES & set(path.suffixes) or name.startswith((".", "/", "~")):
-        raise ValueError(
+        raise InputError(
             f"{name}: a corpus must be a text or JSONL file, a data set name or one of {BUNDLED}; no such file."
         )
     else:
@@ -71,7 +72,7 @@ def load_corpus(source: str | Path, limit_characters: int = 50_000_000) -> Corpu
         if total >= limit_characters:
             break
     if not texts:
-        raise ValueError(f"{name}: a corpus must hold text, but this one is empty.")
+        raise InputError(f"{name}: a corpus must hold text, but this one is empty.")
     return Corpus(path.name if path.is_file() else name, tuple(texts))
 
 
@@ -91,9 +92,9 @@ def _file_texts(path: Path) -> Iterator[str]:
             else:
                 yield file.read()
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: the file cannot be read ({error}). Copy or compress it again.") from error
+        raise InputError(f"{path}: the file cannot be read ({error}). Copy or compress it again.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: a corpus must be UTF-8 text, but byte {error.start} is not. Convert it first."
         ) from error
 
@@ -105,7 +106,7 @@ def _json_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: each line must be one JSON object ({error}).") from error
+            raise InputError(f"{path}, line {number}: each line must be one JSON object ({error}).") from error
         yield _row_text(row, f"{path}, line {number}")
 
 
@@ -114,14 +115,14 @@ def _row_text(row: Any, place: str) -> str:
     if isinstance(row, str):
         return row
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: a row must be a text or an object, but is {row!r}.")
+        raise InputError(f"{place}: a row must be a text or an object, but is {row!r}.")
     for key in ("text", "content", "sentence"):
         if isinstance(row.get(key), str):
             return cast(str, row[key])
     messages = row.get("messages")
     if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
         return "\n\n".join(str(message.get("content", "")) for message in messages)
-    raise ValueError(f"{place}: a row must have `text`, `content`, `sentence` or `messages`, but has {sorted(row)}.")
+    raise InputError(f"{place}: a row must have `text`, `content`, `sentence` or `messages`, but has {sorted(row)}.")
 
 
 def _dataset_texts(name: str) -> Iterator[str]:
@@ -142,7 +143,7 @@ def dataset_rows(name: str, split: str) -> Iterator[Any]:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             f"{name}: no such file, and reading it as a data set needs an extra: pip install 'rankfold[datasets]'"
         ) from error
     dataset, _, rest = name.partition(":")
@@ -150,7 +151,7 @@ def dataset_rows(name: str, split: str) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset(dataset, config or None, split=named or split, streaming=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: neither a file here nor a data set that can be reached ({error}).") from error
+        raise InputError(f"{name}: neither a file here nor a data set that can be reached ({error}).") from error
 
 
 def token_stream(tokenizer: Any, texts: Sequence[str], limit: int | None = None) -> Int[Tensor, " tokens"]:
@@ -213,9 +214,9 @@ def random_windows(
 def _inner_length(stream: Tensor, length: int, begin: int | None, end: int | None) -> int:
     inner = length - (begin is not None) - (end is not None)
     if inner < 1:
-        raise ValueError(f"A window must hold a token between its special ones, but is only {length} long (--length).")
+        raise InputError(f"A window must hold a token between its special ones, but is only {length} long (--length).")
     if len(stream) < inner:
-        raise ValueError(
+        raise InputError(
             f"A corpus must fill at least one window of {length} tokens, but holds {len(stream)}. "
             "Take more text, or shorter windows (--length)."
         )
@@ -236,12 +237,13 @@ def check_length(model: Any, length: int) -> None:
     """
     reads = max_length(model.config)
     if reads is not None and length > reads:
-        raise ValueError(f"{type(model).__name__} reads at most {reads} tokens at once, but got a length of {length}.")
+        raise InputError(f"{type(model).__name__} reads at most {reads} tokens at once, but got a length of {length}.")
 
 
 def max_length(config: Any) -> int | None:
     """Tokens that a model reads at once; `None` where its configuration sets no limit."""
-    names = ("max_position_embeddings", "n_positions")
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
     limit = next((int(value) for name in names if (value := getattr(config, name, None))), None)
     # RoBERTa counts its positions from the padding token on.
     offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
@@ -256,7 +258,7 @@ def make_batches(model: Any, windows: Int[Tensor, "windows length"], batch_size:
     """
     vocabulary = vocabulary_size(model)
     if vocabulary is not None and len(windows) and int(windows.max()) >= vocabulary:
-        raise ValueError(
+        raise InputError(
             f"Token ids must be below the model's vocabulary of {vocabulary}, but the corpus holds "
             f"{int(windows.max())}. "
             "The tokenizer belongs to another model."

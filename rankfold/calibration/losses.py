@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankfold.errors import InputError
+
 LABELS = ("text", "sampled")
 """Where labels come from: the text itself (empirical Fisher matrix), or the model (the Fisher matrix)."""
 
@@ -37,7 +39,7 @@ def summed_loss(model: Any, labels: str = "text", seed: int = 0) -> Loss:
         ValueError: If `labels` is unknown; when called, if `text` is asked for and the batch carries no labels.
     """
     if labels not in LABELS:
-        raise ValueError(f"Labels must be `text` or `sampled`, but got {labels!r}.")
+        raise InputError(f"Labels must be `text` or `sampled`, but got {labels!r}.")
     generator = torch.Generator().manual_seed(seed)
     shifted = bool(model.can_generate())
     encoder_decoder = model.config.is_encoder_decoder
@@ -58,7 +60,7 @@ def summed_loss(model: Any, labels: str = "text", seed: int = 0) -> Loss:
         if labels == "sampled":
             return _cross_entropy(scores, _drawn(scores, None if targets is None else targets.flatten(), generator))
         if targets is None:
-            raise ValueError(
+            raise InputError(
                 f"The loss of a {type(model).__name__} needs labels in its batches, but they hold {sorted(batch)}. "
                 "Add them, or draw them from the model: labels='sampled'."
             )

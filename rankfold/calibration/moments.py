@@ -19,6 +19,7 @@ from rankfold.calibration.walk import (
     walk_blocks_back,
     without_cache,
 )
+from rankfold.errors import InputError
 from rankfold.factorization import Moments, SiteMoments
 from rankfold.modules import linear_at, restack, use_eager_experts
 from rankfold.sites import Site
@@ -59,7 +60,7 @@ class MomentAccumulator:
         count = max(self.count, 1)
         second = self._second.div_(count)
         if not bool(torch.isfinite(second).all()):
-            raise ValueError(
+            raise InputError(
                 "The values and gradients that flow through this layer must be finite, but some are NaN or infinite. "
                 "Check that the weights are finite, and load a float16 model with --dtype bfloat16 or float32."
             )
@@ -132,7 +133,7 @@ def calibrate_blocks(
     use_eager_experts(model)
     batches = list(batches)
     if not batches:
-        raise ValueError("Calibration needs at least one batch, but got none.")
+        raise InputError("Calibration needs at least one batch, but got none.")
     read = "decoder_input_ids" if "decoder_input_ids" in batches[0] else "input_ids"
     tokens = sum(batch[read].numel() for batch in batches if read in batch)
     observers = {block: _Observer(group, loss is not None, tokens) for block, group in by_block.items()}

@@ -13,6 +13,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from rankfold.errors import InputError
 from rankfold.sites import block_paths
 
 
@@ -108,7 +109,7 @@ def walk_blocks_back(
             form no chain are not noticed here: ask `is_chain`.
     """
     if model.config.is_encoder_decoder:
-        raise ValueError("A reverse walk follows one chain of blocks, but this model has an encoder and a decoder.")
+        raise InputError("A reverse walk follows one chain of blocks, but this model has an encoder and a decoder.")
     gradients: list[Tensor] = []
 
     def back(run: Callable[[int, Call], Tensor], calls: list[Call]) -> None:
@@ -174,7 +175,7 @@ def is_chain(model: Any, batch: Mapping[str, Tensor]) -> bool:
         try:
             _probe(model(**few, **_no_cache(model)), few).backward()  # type: ignore[no-untyped-call]
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{type(model).__name__} gives no gradients in evaluation mode ({error}), and this method needs them. "
                 "Take one that does not, such as whitened."
             ) from error
@@ -262,7 +263,7 @@ class _Forwards(ExitStack):
         self._paths = {model.get_submodule(path): path for path in block_paths(model)}
         self._greenlets = [greenlet(_forward(model, batch, finish)) for batch in batches]
         if not self._greenlets:
-            raise ValueError("A walk over the blocks needs at least one batch, but got none.")
+            raise InputError("A walk over the blocks needs at least one batch, but got none.")
         running = set(self._greenlets)
         self.enter_context(without_cache(model))
         self.arrivals: list[Any] = [None] * len(running)
@@ -291,7 +292,7 @@ class _Forwards(ExitStack):
         if all(forward.dead for forward in self._greenlets):
             return ""
         if len({id(call.module) if call else None for call in self.arrivals}) != 1:
-            raise ValueError("The batches call the model's blocks in different orders, so they cannot be walked.")
+            raise InputError("The batches call the model's blocks in different orders, so they cannot be walked.")
         return self._paths[self.arrivals[0].module]
 
 

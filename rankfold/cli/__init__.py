@@ -2,69 +2,139 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from typing import Any
 
-import transformers
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
-from rankfold.cli.benchmark import benchmark, convert_data
-from rankfold.cli.compress import compress
-from rankfold.cli.demo import demo
-from rankfold.cli.evaluate import evaluate
-from rankfold.cli.explore import explore
-from rankfold.cli.export import export
-from rankfold.cli.inspect import inspect
-from rankfold.cli.measure import measure
-from rankfold.cli.quantize import quantize
-from rankfold.cli.recover import recover
-from rankfold.cli.report import report
-from rankfold.cli.roofline import roofline
-from rankfold.cli.sensitivity import sensitivity
-from rankfold.terminal import console, say
+from rankfold.errors import InputError
+from rankfold.terminal import console, keeps, kept, say
+
+# Newer versions of typer carry their own copy of click, whose errors are other classes: these are the ones it raises.
+_ClickError: Any = typer.BadParameter.__mro__[2]
+
+VERBS = {
+    "inspect": "List what can be factorized: shape, break-even rank, spectrum; and what cannot, with the reason.",
+    "sensitivity": "Factorize one kind of layer, one block, or blocks apart at a time, to one rank after the other, and measure.",
+    "explore": "Search the design space, beginning at the knapsack's plans and the paper's rules; killed, it goes on.",
+    "compress": "Factorize a model and save a checkpoint that loads in transformers.",
+    "recover": "Train a compressed model against its dense one; a killed run goes on where it stopped.",
+    "quantize": "Store the linear layers of a model, dense ones and factors, in few bits.",
+    "measure": "Measure quality, size and speed, beside the dense model where it is given.",
+    "evaluate": "Let models write programs, next lines and choose continuations, side by side.",
+    "benchmark": "Run benchmarks through lm-evaluation-harness, with error bars and paired differences.",
+    "convert-data": "Convert benchmark files into the layout of the harness.",
+    "roofline": "Measure bandwidth and arithmetic of this machine, and time every shape of layer against what they allow.",
+    "report": "Make one self-contained page of records: fronts, maps, spectra, roofline, benchmarks, and how to repeat it.",
+    "export": "Write a compressed model in another form: multiplied out, or a nested one cut to a budget.",
+    "demo": "Run the main job on the bundled model, offline: compress, save, load, measure side by side, generate.",
+}
+"""Verbs in the order of the help, each with the first line of its own; a test holds the two together."""
+
+_HOMES = {"convert-data": "benchmark"}
+"""Modules of verbs that share one; the others have a module of their name."""
+
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+def verb_function(verb: str) -> Any:
+    """The function behind a verb, whose module is imported now."""
+    module = importlib.import_module(f"rankfold.cli.{_HOMES.get(verb, verb)}")
+    return getattr(module, verb.replace("-", "_"))
+
+
+def verb_command(verb: str) -> Any:
+    """The command behind a verb."""
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command(verb)(verb_function(verb))
+    return typer.main.get_command(alone)
+
+
+class _Verb(TyperCommand):
+    """A verb in the list of verbs: what it needs is imported when it runs, not when the help is shown."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        _quiet_libraries()
+        return verb_command(str(self.name)).make_context(info_name, args, parent, **extra)
+
+
+class _Verbs(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _Verb(cmd_name, callback=None, help=VERBS[cmd_name]) if cmd_name in VERBS else None
+
 
 app = typer.Typer(
+    cls=_Verbs,
     help="Make a language model smaller and faster by low-rank decomposition, and see what that costs.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-VERBS: tuple[Callable[..., None], ...] = (
-    inspect,
-    sensitivity,
-    explore,
-    compress,
-    recover,
-    quantize,
-    measure,
-    evaluate,
-    benchmark,
-    convert_data,
-    roofline,
-    report,
-    export,
-    demo,
-)
-"""In the order of the help."""
 
-for verb in VERBS:
-    app.command()(verb)
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the trace of any error; may stand after a verb too."),
+) -> None:
+    pass
+
+
+def _quiet_libraries() -> None:
+    """Before they are imported: what they say to their own users is noise to ours."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", module="transformers|torch|peft|bitsandbytes|accelerate")
+    import logging
+
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    for name in ("bitsandbytes", "torchao", "datasets", "accelerate", "kernels"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main() -> None:
-    """Run a verb; a user's mistake ends with one message and exit code 2."""
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    warnings.filterwarnings("ignore", module="transformers|torch|peft")
+    """Run a verb; a user's mistake ends with one message and exit code 2, anything else with its trace and 1."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    keeps("nothing was written.")
     try:
-        app()
-    except ValueError as error:
+        code = app(args=arguments, prog_name="rankfold", standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            # typer makes an exit code of an interrupt.
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except _ClickError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        say(f"stopped; {kept()}")
+        sys.exit(INTERRUPTED)
+    except InputError as error:
+        if debug:
+            traceback.print_exc()
         # Escaped: the message may hold brackets, such as rankfold[datasets], that are no markup.
         console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        say("stopped; nothing was written")
-        sys.exit(130)
+    except Exception as error:  # a fault of ours or of a library must be seen whole
+        traceback.print_exc()
+        say(
+            f"This {type(error).__name__} was not foreseen: it is a fault in rankfold or in a library, not in what you "
+        )
+        say(f"typed. Please report it with the trace above and the command. {kept().capitalize()}")
+        sys.exit(1)

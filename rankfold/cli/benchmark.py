@@ -9,6 +9,7 @@ import typer
 
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.cli.options import Device, Dtype, Model, Records, check_comparable, is_decoder, to_dtype
+from rankfold.errors import InputError
 from rankfold.harness import BENCHMARKS, ask, benchmark_records
 from rankfold.harness import convert_data as convert
 from rankfold.measure import circumstances
@@ -33,7 +34,7 @@ def benchmark(
         int | None, typer.Option(min=0, help="Examples before each question (default: the harness's number).")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 8,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of the choice of examples (default: the harness's).")] = None,
     output: Records = None,
@@ -44,7 +45,7 @@ def benchmark(
     models = {name: load_model(str(source), dtype=to_dtype(dtype), device=device) for name, source in names.items()}
     check_comparable(models)
     if not is_decoder(models.values()):
-        raise ValueError(
+        raise InputError(
             "The harness asks causal language models. Measure a classifier with rankfold measure --labels."
         )
     tokenizer = load_tokenizer(model)

@@ -15,13 +15,14 @@ from rankfold.calibration import load_corpus
 from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
 from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteNames, read_plan, to_dtype
 from rankfold.cost import fast_multiple, neighbouring_ranks, parameter_count, rank_seconds
+from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.measure import default_length
 from rankfold.pipeline import Budget, Settings, compress_within, nest_within, read_text
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
 from rankfold.summary import report_plan
-from rankfold.terminal import print_table, progress, say, stages
+from rankfold.terminal import keeps, print_table, progress, say, stages
 
 
 def compress(
@@ -110,7 +111,7 @@ def compress(
         ),
     ] = None,
     overwrite: Overwrite = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -140,13 +141,17 @@ def compress(
         if calibration.startswith("bundled:"):
             say("This is the bundled sample; text like your own gives a better model: --calibration my_text.jsonl")
     work = output.with_name(f".{output.name}.refine")
+    keeps(
+        f"nothing was written to {output}"
+        + (f"; the same command resumes with the refined blocks in {work}." if refine else ".")
+    )
     with stages() as stage:
         if nested:
             assert text is not None, "kfac reads text"
             done = nest_within(loaded, chosen, settings, text, stage=stage)
         else:
             done = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
-    save(loaded, tokenizer, output, overwrite=overwrite)
+    save(loaded, tokenizer, output, source=model, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     report_plan(output, done, chosen, before, parameter_count(loaded), time.perf_counter() - start)
 
@@ -180,4 +185,4 @@ def _check_space(output: Path, model: Any, keep: float, sites: Sites) -> None:
     free = shutil.disk_usage(parent).free
     needed = int(keep * dense) + rest
     if needed > free:
-        raise ValueError(f"{output}: the checkpoint needs {needed:,} bytes, but {parent} has {free:,} free.")
+        raise InputError(f"{output}: the checkpoint needs {needed:,} bytes, but {parent} has {free:,} free.")

@@ -10,13 +10,14 @@ import typer
 from rankfold.calibration import load_corpus, max_length
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.cli.options import Device, Dtype, Model, Records, Seed, check_comparable, is_decoder, to_dtype
+from rankfold.errors import InputError
 from rankfold.evaluation import evaluate_choices, evaluate_lines, evaluate_programs
 from rankfold.fingerprint import fingerprint
 from rankfold.measure import circumstances, table
 from rankfold.quality import Sampling
 from rankfold.quality.code import load_tasks, strongest_protection
 from rankfold.record import Record
-from rankfold.terminal import check_records, print_table, say, stages, write_records
+from rankfold.terminal import check_records, keeps, print_table, say, stages, write_records
 
 CONTEXT, SCORED = 96, 16
 """Tokens before a continuation, and of it."""
@@ -44,7 +45,7 @@ def evaluate(
     work: Annotated[
         Path, typer.Option(help="Folder in which completions are kept; a killed run goes on with them.")
     ] = Path("rankfold-completions"),
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     output: Records = None,
@@ -56,20 +57,25 @@ def evaluate(
     check_records(output)
     ks = sorted(set(k or [1]))
     if ks[0] < 1 or ks[-1] > samples:
-        raise ValueError(f"pass@k needs k between 1 and --samples, but got k {ks} and {samples} samples.")
+        raise InputError(f"pass@k needs k between 1 and --samples, but got k {ks} and {samples} samples.")
     sets = {name: load_tasks(name) for name in tasks or ()}
     corpora = [load_corpus(name) for name in text or ["bundled:python-held-out"]] if items else []
     names = {"dense": dense, "compressed": model} if dense else {"model": model}
     models = {name: load_model(str(source), dtype=to_dtype(dtype), device=device) for name, source in names.items()}
     check_comparable(models)
     if not is_decoder(models.values()):
-        raise ValueError("Only causal language models write text. Measure a classifier with rankfold measure --labels.")
+        raise InputError("Only causal language models write text. Measure a classifier with rankfold measure --labels.")
     tokenizer = load_tokenizer(model)
     reads = min(max_length(measured.config) or 4096 for measured in models.values())
     sampling = Sampling(temperature, 1.0 if temperature == 0 else 0.95, new_tokens or min(256, reads // 2))
     if sets:
         _say_protection()
     records: list[Record] = []
+    keeps(
+        f"no records were written; the same command resumes with the completions in {work}."
+        if sets
+        else "nothing was written."
+    )
     with stages() as stage:
         for corpus in corpora:
             facts = circumstances(data=corpus.name, sha256=corpus.sha256, seed=seed)

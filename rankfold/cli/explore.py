@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rankfold.cli.options import DTYPES, Device, Dtype, Model, Records, Seed, SiteNames
+from rankfold.errors import InputError
 from rankfold.exploration import OBJECTIVES, front
 from rankfold.factorization import METHODS
 from rankfold.measure import circumstances
@@ -71,7 +72,7 @@ def explore(
     ] = None,
     windows: Annotated[int, _option("Windows of held-out text at most.", "Text", min=2)] = 64,
     output: Records = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -83,9 +84,9 @@ def explore(
     if plot:
         check_figure(plot)
         if objective and len(objective) < 2:
-            raise ValueError("A drawing needs two objectives: repeat --objective, or leave --plot out.")
+            raise InputError("A drawing needs two objectives: repeat --objective, or leave --plot out.")
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
     named = name or Path(model).name
     settings = Exploration(
         model=model,

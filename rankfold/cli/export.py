@@ -9,7 +9,8 @@ import typer
 
 from rankfold.checkpoint import export_dense, load_model, save, tokenizer_if_any
 from rankfold.cli.options import Dtype, Model, Overwrite, to_dtype
-from rankfold.compress import shrink
+from rankfold.compression import shrink
+from rankfold.errors import InputError
 from rankfold.shards import check_target
 from rankfold.terminal import say
 
@@ -26,15 +27,15 @@ def export(
 ) -> None:
     """Write a compressed model in another form: multiplied out, or a nested one cut to a budget."""
     if dense == (keep is not None):
-        raise ValueError("Say what to export: --dense multiplies the factors out, --keep 0.7 cuts a nested model.")
+        raise InputError("Say what to export: --dense multiplies the factors out, --keep 0.7 cuts a nested model.")
     check_target(output, overwrite)
     loaded = load_model(model, dtype=to_dtype(dtype))
     if keep is None:
-        export_dense(loaded, tokenizer_if_any(model), output, overwrite=overwrite)
+        export_dense(loaded, tokenizer_if_any(model), output, source=model, overwrite=overwrite)
         say(f"Dense checkpoint: {output}")
         return
     plan = shrink(loaded, keep)
-    save(loaded, tokenizer_if_any(model), output, overwrite=overwrite)
+    save(loaded, tokenizer_if_any(model), output, source=model, overwrite=overwrite)
     say(f"Checkpoint: {output}, {plan.parameters:,} parameters in its sites")
     if plan.predicted_loss is not None:
         say(f"Predicted rise of the loss: {plan.predicted_loss:.4f} nat/token")

@@ -21,7 +21,7 @@ def inspect(
     model: Model,
     sites: SiteNames = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the spectra into this .png or .svg.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     output: Records = None,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rankfold.calibration import check_length, load_corpus, overlap
-from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.checkpoint import chosen_device, load_model, load_tokenizer
 from rankfold.cli.options import (
     HELD_OUT_TEXTS,
     Device,
@@ -71,7 +71,7 @@ def measure(
         float | None,
         typer.Option(min=0, help="Power to assume where no counter shows energy: an estimate.", rich_help_panel="Cost"),
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     output: Records = None,
 ) -> None:
@@ -93,7 +93,7 @@ def measure(
         size = length or min(default_length(measured.config) for measured in models.values())
         records += _quality(models, tokenizer, text or HELD_OUT_TEXTS, size, windows)
     if latency:
-        records += _cost(models, batches, prompt, open_meter(device, watts=watts))
+        records += _cost(models, batches, prompt, open_meter(str(chosen_device(device)), watts=watts))
     header = ["", *names, "ratio"] if dense else ["", *names, ""]
     print_table(str(model), header, table(records, names))
     if any(record.context.get("contended") for record in records):

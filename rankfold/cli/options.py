@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from rankfold.errors import InputError
 from rankfold.plan import Plan
+from rankfold.sites import vocabulary_size
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -18,7 +20,9 @@ HELD_OUT_TEXTS = ("bundled:english-held-out", "bundled:python-held-out")
 """What quality is measured on by default: two corpora, since one flatters whoever calibrated on its like."""
 
 Model = Annotated[str, typer.Argument(help="Model folder, or name on the Hugging Face hub.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
+Device = Annotated[
+    str, typer.Option(help="Where to compute: auto (CUDA where there is one, otherwise the CPU), cpu, cuda, cuda:1.")
+]
 Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Records = Annotated[Path | None, typer.Option("--output", help="File for the records (default: stdout).")]
@@ -34,15 +38,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 def to_dtype(name: str) -> torch.dtype | None:
     """The dtype that an option names; `None` is the checkpoint's own."""
     if name not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, but got {name!r}.")
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, but got {name!r}.")
     return DTYPES[name]
 
 
 def check_comparable(models: Mapping[str, Any]) -> None:
     """Refuse to compare models token by token that have different tokens."""
-    sizes = {name: model.config.vocab_size for name, model in models.items()}
+    sizes = {name: vocabulary_size(model) for name, model in models.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"Models are compared token by token and must share a vocabulary, but have {sizes} tokens.")
+        raise InputError(f"Models are compared token by token and must share a vocabulary, but have {sizes} tokens.")
 
 
 def is_decoder(models: Iterable[Any]) -> bool:
@@ -59,6 +63,6 @@ def read_plan(file: Path) -> Plan:
     try:
         return Plan.from_json(file.read_text())
     except OSError as error:
-        raise ValueError(f"{file}: the plan cannot be read ({error.strerror}).") from error
+        raise InputError(f"{file}: the plan cannot be read ({error.strerror}).") from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: this is no plan ({error}). Take one that rankfold explore wrote.") from error
+        raise InputError(f"{file}: this is no plan ({error}). Take one that rankfold explore wrote.") from error

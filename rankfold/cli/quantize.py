@@ -12,6 +12,7 @@ from rankfold.calibration import calibration_windows, load_corpus, make_batches
 from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
 from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, to_dtype
 from rankfold.cost import disk_bytes, memory_bytes, parameter_count
+from rankfold.errors import InputError
 from rankfold.measure import circumstances, default_length
 from rankfold.modules import PivotedLinear
 from rankfold.quantization import SCHEMES, Grid, is_linear, quantize_blocks, quantize_by_library
@@ -47,7 +48,7 @@ def quantize(
         int | None, typer.Option(min=2, help="Tokens a sequence (default: 512, or what the model reads).")
     ] = None,
     overwrite: Overwrite = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -56,13 +57,13 @@ def quantize(
     check_target(output, overwrite)
     few = scheme == "nf4" or (scheme == SPQR and bits <= MOST_FEW_BITS)
     if scheme != SPQR and scheme not in SCHEMES:
-        raise ValueError(f"--scheme must be one of {SPQR}, {', '.join(SCHEMES)}, but got {scheme!r}.")
+        raise InputError(f"--scheme must be one of {SPQR}, {', '.join(SCHEMES)}, but got {scheme!r}.")
     before: int | None
     if scheme == SPQR:
         grid = Grid(bits, group, outliers=outliers)
         loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device), load_tokenizer(model)
         if is_quantized(loaded):
-            raise ValueError(f"{model}: quantized already. Quantize the checkpoint from which it was made.")
+            raise InputError(f"{model}: quantized already. Quantize the checkpoint from which it was made.")
         before = memory_bytes(loaded)
         windows, _, _ = calibration_windows(
             loaded, tokenizer, load_corpus(calibration), sequences=sequences,
@@ -84,7 +85,7 @@ def quantize(
         say(
             "Pivoted layers lose much in so few bits: compress with --form low_rank what 4 bits or fewer are to follow."
         )
-    save(loaded, tokenizer, output, overwrite=overwrite)
+    save(loaded, tokenizer, output, source=model, overwrite=overwrite)
     stored = disk_bytes(output)
     assert stored is not None, "it was written just now"
     say(f"Checkpoint: {output}   ({time.perf_counter() - start:.1f} s)")

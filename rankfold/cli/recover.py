@@ -12,13 +12,14 @@ import typer
 from rankfold.calibration import check_length
 from rankfold.checkpoint import load_model, load_tokenizer, quantized_by_library, save, save_adapters, stored_dtype
 from rankfold.cli.options import Device, Dtype, Overwrite, Seed, is_decoder, to_dtype
+from rankfold.errors import InputError
 from rankfold.fingerprint import fingerprint
 from rankfold.measure import circumstances, default_length
 from rankfold.record import Record
 from rankfold.recovery import GENERATED, recovery_windows
 from rankfold.recovery import recover as recover_model
 from rankfold.shards import check_target
-from rankfold.terminal import say, stages, write_records
+from rankfold.terminal import keeps, say, stages, write_records
 
 MOST_WINDOWS = 4096
 """Windows that recovery trains on at most; more steps read them again."""
@@ -47,7 +48,7 @@ def recover(
         typer.Option(min=1, help="Train LoRA adapters of this rank and merge them; over quantized weights, save them."),
     ] = None,
     overwrite: Overwrite = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -55,7 +56,7 @@ def recover(
     check_target(output, overwrite)
     texts = text or ["bundled:calibration"]
     if objective == "kl" and dense is None:
-        raise ValueError("--objective kl needs the dense model: pass --dense, or take --objective next-token.")
+        raise InputError("--objective kl needs the dense model: pass --dense, or take --objective next-token.")
     # 16-bit weights cannot take small steps: they are trained in float32 and rounded when they are saved.
     # Under adapters the weights stay as they are.
     exact = None if quantized_by_library(model) else torch.float32
@@ -72,6 +73,7 @@ def recover(
         )
         advance = stage("training", steps)
         folder = output.with_name(f".{output.name}.recovery")
+        keeps(f"nothing was written to {output}; the same command resumes from the last checkpoint in {folder}.")
         work = folder / fingerprint(loaded, teacher, windows, objective, steps, batch, rate, lora, seed)
         result = recover_model(
             loaded,
@@ -94,7 +96,7 @@ def recover(
     if result.adapters is not None:
         save_adapters(result.adapters, tokenizer, output, base=model, overwrite=overwrite)
     else:
-        save(loaded.to(stored), tokenizer, output, overwrite=overwrite)
+        save(loaded.to(stored), tokenizer, output, source=model, overwrite=overwrite)
     shutil.rmtree(folder, ignore_errors=True)
     what = "divergence from the dense model" if objective == "kl" else "loss"
     say(f"Held-out {what}: {result.before:.4f} -> {result.after:.4f} nat/token in {result.steps} steps.")
@@ -109,4 +111,4 @@ def recover(
 
 def _check_decoder(model: Any) -> None:
     if not is_decoder([model]):
-        raise ValueError(f"Recovery trains on next-token distributions, which a {type(model).__name__} has not.")
+        raise InputError(f"Recovery trains on next-token distributions, which a {type(model).__name__} has not.")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from rankfold.checkpoint import load_model
+from rankfold.checkpoint import chosen_device, load_model
 from rankfold.cli.options import Device, Dtype, Model, Records, SiteNames, to_dtype
 from rankfold.cost import Layer, Peaks, Timed, measure_peaks, parameter_count, reading, time_layers
 from rankfold.cost.roofline import ROUNDS
@@ -30,7 +30,7 @@ def roofline(
     ] = None,
     sites: SiteNames = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the roofline into this .png or .svg.")] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     output: Records = None,
 ) -> None:
@@ -38,6 +38,7 @@ def roofline(
     check_records(output)
     if plot:
         check_figure(plot)
+    device = str(chosen_device(device))
     loaded = load_model(model, dtype=to_dtype(dtype))
     number = next(loaded.parameters()).dtype
     shapes = {(site.out_features, site.in_features): site for site in find_sites(loaded).select(sites or ())}

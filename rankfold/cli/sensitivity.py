@@ -10,9 +10,10 @@ import typer
 
 from rankfold.allocation import break_even_rank
 from rankfold.calibration import calibration_windows, load_corpus, make_batches, masked_batches
-from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.checkpoint import chosen_device, load_model, load_tokenizer
 from rankfold.cli.options import Device, Dtype, Model, Seed, SiteNames, to_dtype
 from rankfold.cost import open_meter, relative_cost
+from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.fingerprint import fingerprint
 from rankfold.measure import circumstances, default_length, scorer_for
@@ -54,7 +55,7 @@ def sensitivity(
     ] = None,
     windows: Annotated[int, typer.Option(rich_help_panel="Text", min=2, help="Windows of it at most.")] = 64,
     cost: Annotated[bool, typer.Option(help="Time every trial beside the dense model, and count energy.")] = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
@@ -62,7 +63,7 @@ def sensitivity(
     if plot:
         check_figure(plot)
     if records.is_dir():
-        raise ValueError(f"{records}: records go to a file, but this is a folder. Name a file, such as study.jsonl.")
+        raise InputError(f"{records}: records go to a file, but this is a folder. Name a file, such as study.jsonl.")
     loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device), load_tokenizer(model)
     chosen = find_sites(loaded).select(sites or ())
     trials = sensitivity_trials(chosen, method=method, by=by, shares=share or SHARES)
@@ -83,7 +84,7 @@ def sensitivity(
         calibration=dict(facts),
         seed=seed,
     )
-    meter = open_meter(device)
+    meter = open_meter(str(chosen_device(device)))
     with stages() as stage:
         results = run_trials(
             loaded, chosen, trials, batches, score, file=records, context=context, stage=stage,

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from rankfold.compress import factorize_site, with_layers
+from rankfold.compression import factorize_site, with_layers
 from rankfold.cost import memory_bytes, parameter_count, relative_cost
+from rankfold.errors import InputError
 from rankfold.exploration.space import DesignSpace, Losses, Point, multiplications
 from rankfold.factorization import SiteMoments
 from rankfold.modules import linear_at, use_eager_experts
@@ -113,7 +114,7 @@ class Bench:
         dense = with_layers(self.model, self._dense)
         ratio = relative_cost(dense, self.model, rounds=LATENCY_ROUNDS)[f"{phase}_ratio"]
         if ratio is None:
-            raise ValueError(f"A {type(self.model).__name__} does not decode: choose the objective prefill.")
+            raise InputError(f"A {type(self.model).__name__} does not decode: choose the objective prefill.")
         return float(ratio)
 
 

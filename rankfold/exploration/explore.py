@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rankfold.calibration import calibrate, calibration_windows, load_corpus, make_batches, masked_batches, summed_loss
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compress import predicted_losses
+from rankfold.compression import predicted_losses
+from rankfold.errors import InputError
 from rankfold.exploration.bench import Bench
 from rankfold.exploration.space import DesignSpace, Losses, choices
 from rankfold.exploration.study import Done, failures, finished, open_study, search
@@ -90,7 +91,7 @@ def _all_of(worker: Worker) -> list[Done]:
     done = finished(worker.study, worker.bench)
     if not done:
         reasons = "; ".join(failures(worker.study)) or "none was measured"
-        raise ValueError(f"No trial of the study gave numbers: {reasons}.")
+        raise InputError(f"No trial of the study gave numbers: {reasons}.")
     return done
 
 
@@ -176,7 +177,7 @@ def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: 
         # Ray's annotations do not fit what its documentation does.
         ray: Any = ray_library
     except ImportError as error:
-        raise ValueError("Workers on a cluster need Ray: pip install 'rankfold[ray]'") from error
+        raise InputError("Workers on a cluster need Ray: pip install 'rankfold[ray]'") from error
     # The study is made, and whatever is wrong with the settings said, before anything is started. Workers run in
     # folders of their own, so paths become absolute.
     settings = _absolute(settings)
@@ -187,14 +188,14 @@ def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: 
                 address=address, num_cpus=None if address else workers, log_to_driver=False, logging_level=logging.ERROR
             )
         except ConnectionError as error:
-            raise ValueError(f"{address}: no Ray cluster answers there. Start one with: ray start --head") from error
+            raise InputError(f"{address}: no Ray cluster answers there. Start one with: ray start --head") from error
     kind, needs = ("GPU", {"num_gpus": 1}) if settings.device.startswith("cuda") else ("CPU", {"num_cpus": 1})
     total = ray.cluster_resources().get(kind, 0)
     if total < workers:
-        raise ValueError(f"The Ray cluster has {total:g} {kind}s, but {workers} workers need one each. Start fewer.")
+        raise InputError(f"The Ray cluster has {total:g} {kind}s, but {workers} workers need one each. Start fewer.")
     machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     if len(machines) > 1 and settings.study.startswith("sqlite"):
-        raise ValueError(
+        raise InputError(
             f"Workers on {len(machines)} machines cannot share the file of SQLite: give --study a PostgreSQL database."
         )
     task = ray.remote(**needs, max_retries=3, scheduling_strategy="SPREAD")(_work)
@@ -206,7 +207,7 @@ def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: 
         try:
             ray.get(ready)
         except ray.exceptions.RayTaskError as error:
-            raise ValueError(f"A worker failed: {error.cause}") from error
+            raise InputError(f"A worker failed: {error.cause}") from error
         done = finished(worker.study, worker.bench)
         for _ in range(len(done) - seen):
             advance()

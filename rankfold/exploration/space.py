@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rankfold.allocation import break_even_rank
 from rankfold.allocation.ranks import dense_option, option_at
+from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.sites import Site
@@ -53,10 +54,10 @@ def choices(methods: Sequence[str], ranks: Sequence[int | float], form: str | No
     """
     for method in methods:
         if method not in METHODS:
-            raise ValueError(f"A method must be one of {', '.join(METHODS)}, but got {method!r}.")
+            raise InputError(f"A method must be one of {', '.join(METHODS)}, but got {method!r}.")
     for rank in ranks:
         if not (0 < rank < 1 or (rank >= 1 and rank == int(rank))):
-            raise ValueError(f"A rank is a whole number, or a share of the full rank in (0, 1), but got {rank:g}.")
+            raise InputError(f"A rank is a whole number, or a share of the full rank in (0, 1), but got {rank:g}.")
     return tuple(Choice(method, form or METHODS[method].form, rank) for method in methods for rank in ranks)
 
 
@@ -91,23 +92,23 @@ class DesignSpace:
                 where choices are tied.
         """
         if not self.sites or not self.choices:
-            raise ValueError("A design space needs at least one site and one choice of method and rank.")
+            raise InputError("A design space needs at least one site and one choice of method and rank.")
         if self.skip_first < 0 or self.skip_last < 0 or self.distance < 1:
-            raise ValueError(
+            raise InputError(
                 f"Blocks to skip are counted from 0 and distances from 1, but got {self.skip_first}, {self.skip_last} "
                 f"and {self.distance}."
             )
         outside = [site.name for site in self.sites if site.block is None]
         if outside:
-            raise ValueError(
+            raise InputError(
                 f"{outside[0]}: a design space is one of blocks, and this site lies in none. Leave it out."
             )
         if self.skip_first + self.skip_last >= len(self.blocks):
-            raise ValueError(
+            raise InputError(
                 f"Of {len(self.blocks)} blocks {self.skip_first} + {self.skip_last} are skipped, and none is left."
             )
         if self.tied and any(set(self._kinds_of(block)) != set(self.kinds) for block in self.blocks):
-            raise ValueError("Tied choices need blocks of the same kinds, which this model has not: leave them free.")
+            raise InputError("Tied choices need blocks of the same kinds, which this model has not: leave them free.")
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:
@@ -233,13 +234,13 @@ class DesignSpace:
 
         Args:
             point: A point of this space.
-            losses: By method, predicted loss of every site at each rank (`rankfold.compress.predicted_losses`).
+            losses: By method, predicted loss of every site at each rank (`rankfold.compression.predicted_losses`).
 
         Raises:
             ValueError: If the rules of the space do not allow the point.
         """
         if not self.holds(point):
-            raise ValueError("The rules of the design space do not allow this point.")
+            raise InputError("The rules of the design space do not allow this point.")
         options = tuple(self.option(site, number, losses) for site, number in zip(self.sites, point, strict=True))
         methods = {option.method for option in options if option.form != DENSE}
         return Plan(options=options, method=methods.pop() if len(methods) == 1 else "", allocation="explore")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rankfold.errors import InputError
 from rankfold.exploration.bench import OBJECTIVES, Bench, Trial
 from rankfold.exploration.policy import KEEPS, Policy, Prices, point_of, prices, starting_points
 from rankfold.exploration.space import Point
@@ -22,7 +23,7 @@ from rankfold.record import Record
 try:
     import optuna
 except ImportError as error:
-    raise ValueError("A search needs Optuna: pip install 'rankfold[explore]'") from error
+    raise InputError("A search needs Optuna: pip install 'rankfold[explore]'") from error
 
 # Heartbeats are called experimental since version 2.9, at every call.
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -70,7 +71,7 @@ def open_study(url: str, name: str, facts: Mapping[str, Any], objectives: Sequen
     """
     unknown = [objective for objective in objectives if objective not in OBJECTIVES]
     if unknown or not objectives or len(set(objectives)) < len(objectives):
-        raise ValueError(f"A search needs different objectives of {', '.join(OBJECTIVES)}, but got {list(objectives)}.")
+        raise InputError(f"A search needs different objectives of {', '.join(OBJECTIVES)}, but got {list(objectives)}.")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = _storage(url)
     study = optuna.create_study(
@@ -82,12 +83,12 @@ def open_study(url: str, name: str, facts: Mapping[str, Any], objectives: Sequen
             study.set_user_attr(key, value)
         return study
     if stored["study_version"] > STUDY_VERSION:
-        raise ValueError(
+        raise InputError(
             f"{shown(url)}: the study {name!r} was made by a newer rankfold (version {stored['study_version']} of "
             f"what a study stores, this one reads up to {STUDY_VERSION}). Install it: pip install --upgrade rankfold"
         )
     if stored.get("fingerprint") != facts["fingerprint"] or stored.get("objectives") != list(objectives):
-        raise ValueError(
+        raise InputError(
             f"{shown(url)}: the study {name!r} is one of another model, text, space or objectives "
             f"({stored.get('model', 'unknown model')}, {', '.join(stored.get('objectives', []))}). Give this one "
             "another --name, or another --study."
@@ -112,13 +113,13 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
             heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
         )
     except ImportError as error:
-        raise ValueError(f"{shown(url)}: its driver is missing: pip install 'rankfold[postgres]'") from error
+        raise InputError(f"{shown(url)}: its driver is missing: pip install 'rankfold[postgres]'") from error
     except (ArgumentError, NoSuchModuleError) as error:
-        raise ValueError(
+        raise InputError(
             f"{shown(url)}: a study lies in a database such as sqlite:///study.db or postgresql://user@host/name."
         ) from error
     except OperationalError as error:
-        raise ValueError(
+        raise InputError(
             f"{shown(url)}: the database cannot be reached ({str(error.orig).strip().splitlines()[0]}). Start it, or "
             "correct the address."
         ) from error
@@ -162,7 +163,7 @@ def search(
         ValueError: If the strategy is unknown.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(f"A strategy is one of {', '.join(STRATEGIES)}, but got {strategy!r}.")
+        raise InputError(f"A strategy is one of {', '.join(STRATEGIES)}, but got {strategy!r}.")
     work = _Work(study, bench, trials, strategy, seed + 1000 * len(study.trials))
     silent: dict[int, float] = {}
     while True:

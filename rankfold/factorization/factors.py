@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rankfold.errors import InputError
+
 
 class Moments(NamedTuple):
     """First and second moments of the vectors at one place of a network, in float64."""
@@ -87,7 +89,7 @@ def check_rank(rank: int, limit: int) -> None:
         ValueError: If `rank` is not between 1 and `limit`.
     """
     if not 1 <= rank <= limit:
-        raise ValueError(
+        raise InputError(
             f"A rank must lie between 1 and min(out, in) = {limit}, but got {rank}. "
             "Lower the rank, or pass `keep` and let the allocation choose it."
         )
@@ -101,7 +103,7 @@ def check_finite(weight: Float[Tensor, "*shape"]) -> None:
     """
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
-        raise ValueError(
+        raise InputError(
             f"Weights must be finite, but {bad} of {weight.numel()} entries are NaN or infinite. "
             "The checkpoint is damaged or was saved after a diverged training run: take another."
         )

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rankfold.errors import InputError
 from rankfold.factorization.factors import check_finite, check_rank
 from rankfold.factorization.tucker import tucker_stack
 
@@ -88,7 +89,7 @@ def joint_tensor_train(stack: Float[Tensor, "stack out in"], ranks: tuple[int, .
 def _finished(stack: Tensor, shared: dict[str, Tensor], mix: Tensor) -> JointFactors:
     error = float((JointFactors(shared, mix, 0.0).product() - stack.double().cpu()).square().sum())
     if not np.isfinite(error):
-        raise ValueError(
+        raise InputError(
             "The decomposition must converge, but its factors are not finite. Try another seed or a lower rank."
         )
     return JointFactors({name: part.to(stack.dtype) for name, part in shared.items()}, mix.to(stack.dtype), error)
@@ -98,7 +99,7 @@ def _tensorly() -> Any:
     try:
         from tensorly import decomposition
     except ImportError as error:
-        raise ValueError("This decomposition needs tensorly: pip install 'rankfold[tensors]'") from error
+        raise InputError("This decomposition needs tensorly: pip install 'rankfold[tensors]'") from error
     return decomposition
 
 

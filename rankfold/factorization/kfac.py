@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rankfold.errors import InputError
 from rankfold.factorization.factors import Factors, Moments, SiteMoments, check_finite, check_rank
 
 FLOOR = 1e-8
@@ -41,7 +42,7 @@ class Ordered(NamedTuple):
             weight: The matrix that was factorized.
             bias: Its bias.
             rank: Columns to keep.
-            correction: Added to the weight before it is projected (`rankfold.compress.drift`).
+            correction: Added to the weight before it is projected (`rankfold.compression.drift`).
 
         Raises:
             ValueError: If `rank` is not between 1 and `min(out, in)`.
@@ -93,7 +94,7 @@ def ordered_kfac(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | 
     """
     check_finite(weight)
     if moments.inputs is None or moments.gradients is None:
-        raise ValueError(
+        raise InputError(
             "This method needs moments of the inputs and of the loss's gradients: pass a loss to calibrate(...)."
         )
     W = weight.double()

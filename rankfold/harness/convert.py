@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rankfold.errors import InputError
 from rankfold.harness.layouts import BENCHMARKS, json_rows
 
 Row = dict[str, Any]
@@ -34,14 +35,14 @@ def convert_data(source: Path, target: Path) -> dict[str, int]:
         ValueError: If the folder holds no such file.
     """
     if not source.is_dir():
-        raise ValueError(f"{source}: benchmark files lie in a folder, but there is none of this name.")
+        raise InputError(f"{source}: benchmark files lie in a folder, but there is none of this name.")
     rows: dict[str, list[Row]] = {}
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         for name, row in _read(file):
             # Of all splits the same fields: a data set has one table.
             rows.setdefault(name, []).append({field: row[field] for field in _fields(name) if field in row})
     if not rows:
-        raise ValueError(
+        raise InputError(
             f"{source}: no benchmark is recognized here. Files of ARC, HellaSwag, MMLU, WinoGrande, GSM8K and LAMBADA "
             "have the benchmark and the split in their names and end in .jsonl or .jsonl.gz; TruthfulQA is its .csv."
         )

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rankfold.errors import InputError
+
 
 class Benchmark(NamedTuple):
     """One task of the harness."""
@@ -84,9 +86,9 @@ def local_files(name: str, folder: Path) -> dict[str, dict[str, Path]]:
         ValueError: If the benchmark is unknown, or a file that it needs is missing, empty, or lacks fields.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"A benchmark must be one of {', '.join(BENCHMARKS)}, but got {name!r}.")
+        raise InputError(f"A benchmark must be one of {', '.join(BENCHMARKS)}, but got {name!r}.")
     if not folder.is_dir():
-        raise ValueError(f"{folder}: benchmark files lie in a folder, but there is none of this name.")
+        raise InputError(f"{folder}: benchmark files lie in a folder, but there is none of this name.")
     benchmark = BENCHMARKS[name]
     stem = SHARED_FILES.get(name, name)
     tasks = [stem]
@@ -99,10 +101,10 @@ def local_files(name: str, folder: Path) -> dict[str, dict[str, Path]]:
             if file.exists():
                 check_file(file, benchmark)
             elif benchmark.splits[split] == "needed":
-                raise ValueError(_missing(file))
+                raise InputError(_missing(file))
         found[name if task == stem else task] = {split: file for split, file in files.items() if file.exists()}
     if not found:
-        raise ValueError(_missing(folder / "mmlu_SUBJECT.test.jsonl"))
+        raise InputError(_missing(folder / "mmlu_SUBJECT.test.jsonl"))
     return found
 
 
@@ -124,13 +126,13 @@ def check_file(file: Path, benchmark: Benchmark) -> None:
         count += 1
         for field, kind in benchmark.fields.items():
             if field not in row:
-                raise ValueError(
+                raise InputError(
                     f"{file}, line {number}: a row must hold {', '.join(benchmark.fields)}, but this one lacks {field}."
                 )
             if not isinstance(row[field], kind):
-                raise ValueError(f"{file}, line {number}: {field} must be a {kind}, but is {row[field]!r}.")
+                raise InputError(f"{file}, line {number}: {field} must be a {kind}, but is {row[field]!r}.")
     if not count:
-        raise ValueError(f"{file}: a benchmark needs at least one row, but this file has none.")
+        raise InputError(f"{file}: a benchmark needs at least one row, but this file has none.")
 
 
 def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -147,7 +149,7 @@ def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{file}, line {number}: each line must be one JSON object ({error}).") from error
+                raise InputError(f"{file}, line {number}: each line must be one JSON object ({error}).") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{file}, line {number}: each line must be one JSON object, but is {type(row)}.")
+                raise InputError(f"{file}, line {number}: each line must be one JSON object, but is {type(row)}.")
             yield number, row

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from rankfold.errors import InputError
 from rankfold.harness.layouts import BENCHMARKS, local_files
 from rankfold.quality import mcnemar, paired_difference, share
 from rankfold.record import Record
@@ -62,7 +63,7 @@ def ask(  # noqa: PLR0913
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ValueError("Benchmarks need lm-evaluation-harness: pip install 'rankfold[benchmarks]'") from error
+        raise InputError("Benchmarks need lm-evaluation-harness: pip install 'rankfold[benchmarks]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     answers = {}
     with _configurations(name, folder) as (tasks, include):
@@ -70,7 +71,7 @@ def ask(  # noqa: PLR0913
         manager = TaskManager(include_path=str(include), include_defaults=False) if include else TaskManager()
         unknown = sorted(set(tasks) - set(manager.all_tasks))
         if unknown:
-            raise ValueError(f"A benchmark must be a task of lm-evaluation-harness, but got {unknown[0]!r}.")
+            raise InputError(f"A benchmark must be a task of lm-evaluation-harness, but got {unknown[0]!r}.")
         for model_name, model in models.items():
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 result: Any = lm_eval.simple_evaluate(
@@ -129,7 +130,7 @@ def _answers(result: Mapping[str, Any], name: str, version: str) -> Answers:
                 if (wanted is None or key in wanted) and isinstance(sample[metric], numbers.Real):
                     values.setdefault(key, []).append(float(sample[metric]))
     if not values:
-        raise ValueError(f"{name}: this task has no metric that is a number for each item, so models cannot be paired.")
+        raise InputError(f"{name}: this task has no metric that is a number for each item, so models cannot be paired.")
     shots = set(result["n-shot"].values())
     ordered = {key: values[key] for key in wanted or values if key in values}
     return Answers(ordered, shots.pop() if len(shots) == 1 else None, version)

@@ -18,6 +18,7 @@ from rankfold.calibration import (
     split_windows,
     token_stream,
 )
+from rankfold.errors import InputError
 from rankfold.quality import (
     Sampling,
     Scorer,
@@ -88,7 +89,7 @@ def scorer_for(
         batches = masked_batches(make_batches(model, tokens, 8), tokenizer.mask_token_id, tokenizer.all_special_ids)
         return masked_score(batches), Scored(corpus.name, tokens, tokenizer.mask_token_id)
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise ValueError(
+        raise InputError(
             f"A {kind} has no next-token or masked-token loss. For a classifier give labelled rows (--labels)."
         )
     tokens = evaluation_windows(tokenizer, corpus, length, windows)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from rankfold.errors import InputError
 from rankfold.modules.adaptive_linear import AdaptiveLinear
 from rankfold.modules.factorized_linear import FactorizedLinear
 from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear
@@ -64,7 +65,7 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
         ValueError: If the model lacks a planned site, or the plan is of a newer version.
     """
     if plan.get("plan_version", READS_PLAN_VERSION) > READS_PLAN_VERSION:
-        raise ValueError(
+        raise InputError(
             f"This code reads plans up to version {READS_PLAN_VERSION}, but the checkpoint's is of version "
             f"{plan['plan_version']}. Install a newer rankfold: pip install --upgrade rankfold"
         )
@@ -76,7 +77,7 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
             continue
         masks = option.get("pivots") or [None] * len(option["sites"])
         if option["form"] == "pivoted" and None in masks:
-            raise ValueError(f"{option['sites'][0]}: a pivoted site needs its `pivots` in the plan, but has none.")
+            raise InputError(f"{option['sites'][0]}: a pivoted site needs its `pivots` in the plan, but has none.")
         for site, mask in zip(option["sites"], masks, strict=True):
             path = _place(model, site)
             if path is None:
@@ -99,7 +100,7 @@ def _install_stack(model: nn.Module, option: Mapping[str, Any]) -> None:
     for site in option["sites"]:
         path = _place(model, site)
         if path is None:
-            raise ValueError(f"{site}: the layers of a stack share their factors, but this model lacks this one.")
+            raise InputError(f"{site}: the layers of a stack share their factors, but this model lacks this one.")
         dense = linear_at(model, path)
         out_features, in_features = linear_shape(dense)
         ranks, bias = tuple(option["ranks"]), option.get("bias", False)
@@ -130,7 +131,7 @@ def _place(model: nn.Module, name: str) -> str | None:
     """The path of a planned layer; `None` for one of a head that this model class does not have."""
     path = resolve(model, name)
     if path is None and name.startswith(f"{getattr(model, 'base_model_prefix', '')}."):
-        raise ValueError(f"{name}: the plan names this module, but {type(model).__name__} has no such module.")
+        raise InputError(f"{name}: the plan names this module, but {type(model).__name__} has no such module.")
     return path
 
 
@@ -164,7 +165,7 @@ def linear_at(model: nn.Module, path: str) -> Any:
         ValueError: If the model has nothing at this path.
     """
     if not _exists(model, path):
-        raise ValueError(f"{path}: {type(model).__name__} has no such layer. Was the plan made for another model?")
+        raise InputError(f"{path}: {type(model).__name__} has no such layer. Was the plan made for another model?")
     parent_path, _, name = path.rpartition(".")
     owner_path, _, stack_name = parent_path.rpartition(".")
     owner = model.get_submodule(owner_path)

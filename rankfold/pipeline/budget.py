@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankfold.errors import InputError
 from rankfold.plan import Plan
 from rankfold.sites import Site
 
@@ -24,7 +25,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
     if not match or match[2].lower() not in _UNITS or match[1].count(".") > 1 or match[1] == ".":
-        raise ValueError(f"Bytes must be a number and a unit, such as 9GB or 700MiB, but got {text!r}.")
+        raise InputError(f"Bytes must be a number and a unit, such as 9GB or 700MiB, but got {text!r}.")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
@@ -66,11 +67,11 @@ class Budget:
         }
         named = [name for name, value in given.items() if value is not None]
         if len(named) > 1:
-            raise ValueError(f"A budget is one of {', '.join(given)}, but got {' and '.join(named)}. Choose one.")
+            raise InputError(f"A budget is one of {', '.join(given)}, but got {' and '.join(named)}. Choose one.")
         if max_loss_increase is not None and max_loss_increase <= 0:
-            raise ValueError(f"--max-loss-increase must be above 0 nats per token, but got {max_loss_increase:g}.")
+            raise InputError(f"--max-loss-increase must be above 0 nats per token, but got {max_loss_increase:g}.")
         if keep is not None and not 0 < keep <= 1:
-            raise ValueError(f"--keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
+            raise InputError(f"--keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
         stored = None if bytes_ is None else parse_bytes(bytes_)
         return cls(keep if named else 0.8, stored, max_loss_increase, rank, plan)
 
@@ -87,7 +88,7 @@ class Budget:
         dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
         rest = int(sum(p.numel() * p.element_size() for p in model.parameters())) - dense
         if self.bytes <= rest:
-            raise ValueError(
+            raise InputError(
                 f"{self.bytes:,} bytes cannot hold the model: what is not factorized, such as its embeddings, needs "
                 f"{rest:,} bytes. Raise --bytes."
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankfold.allocation import ALLOCATIONS, allocate
+from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.pipeline.budget import Budget
 from rankfold.plan import Plan
@@ -34,9 +35,9 @@ class Settings:
         named = (("method", self.method, METHODS), ("allocation", allocation, ALLOCATIONS))
         for what, value, known in (*named, ("refine-toward", self.refine_toward, REFINE_TOWARD)):
             if value not in known:
-                raise ValueError(f"--{what} must be one of {', '.join(known)}, but got {value!r}.")
+                raise InputError(f"--{what} must be one of {', '.join(known)}, but got {value!r}.")
         if self.allocation == "knapsack" and not METHODS[self.method].needs_gradients:
-            raise ValueError(f"--allocation knapsack needs predicted losses, which {self.method} has not: use kfac.")
+            raise InputError(f"--allocation knapsack needs predicted losses, which {self.method} has not: use kfac.")
 
     def ranks_by(self, budget: Budget) -> str:
         """The allocation, by default the one that suits method and budget."""
@@ -68,7 +69,7 @@ class Settings:
             allocate(sites, **choice, losses=even)
         causal = model.can_generate() and not model.config.is_encoder_decoder
         if budget.max_loss_increase is not None and not causal:
-            raise ValueError(
+            raise InputError(
                 f"--max-loss-increase is measured on the next-token loss, which a {type(model).__name__} has not. "
                 "Give --keep or --bytes."
             )
@@ -79,14 +80,14 @@ def _check_plan(plan: Plan, sites: Sequence[Site]) -> None:
     limits = {site.name: min(site.out_features, site.in_features) for site in sites}
     methods = {option.method for option in plan.factorized}
     if len(methods) != 1 or not methods <= set(METHODS):
-        raise ValueError(
+        raise InputError(
             f"A plan must be filled by one method of {', '.join(METHODS)}, but this one names "
             f"{', '.join(sorted(methods)) or 'none'}. Carry it out in Python, with rankfold.compress(model, plan, ...)."
         )
     for option in plan.factorized:
         for name in option.sites:
             if not 1 <= min(option.ranks) <= max(option.ranks) <= limits.get(name, 0):
-                raise ValueError(
+                raise InputError(
                     f"{name}: the plan asks for the ranks {option.ranks}, but this matrix of the model has at most "
                     f"{limits.get(name, 0)}. It was made for another model."
                 )

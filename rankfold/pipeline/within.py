@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from rankfold.allocation import BudgetError, allocate
 from rankfold.calibration import Corpus, calibrate, calibration_windows, make_batches, masked_batches, summed_loss
-from rankfold.compress import compress, compress_blocks, compress_in_rounds, nest, restore
+from rankfold.compression import compress, compress_blocks, compress_in_rounds, nest, restore
+from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.fingerprint import digest_of, fingerprint
 from rankfold.modules import linear_at, use_eager_experts
@@ -102,7 +103,7 @@ def compress_within(
     """
     batches, labels = _batches(model, text, settings)
     if settings.refine and (len(batches) < 2 or any(site.calls > 1 for site in sites)):
-        raise ValueError(
+        raise InputError(
             f"Refinement needs at least two batches of calibration text, but got {len(batches)}, and blocks that a "
             "pass applies once. Raise --sequences, or leave --refine out."
         )
@@ -143,13 +144,13 @@ def compress_within(
 
 
 def nest_within(model: Any, sites: Sequence[Site], settings: Settings, text: Text, *, stage: Stage) -> Plan:
-    """Write a model, in place, as one checkpoint for many budgets (`rankfold.compress.nest`).
+    """Write a model, in place, as one checkpoint for many budgets (`rankfold.compression.nest`).
 
     Raises:
         ValueError: If another method than kfac is asked for, or something that was read is not finite.
     """
     if settings.method != "kfac":
-        raise ValueError(
+        raise InputError(
             f"A nested model needs ranks in the order of predicted losses: use kfac, not {settings.method}."
         )
     batches, labels = _batches(model, text, settings)
@@ -274,7 +275,7 @@ def _search(
             restore(model, dense, earlier)
             plan = None
     if best is None:
-        raise ValueError(
+        raise InputError(
             f"No compression keeps the rise of the loss within {limit:g} nats per token: keep {high - low:.3f} below "
             f"the whole model still costs more. Raise --max-loss-increase, or recover afterwards (rankfold recover)."
         )

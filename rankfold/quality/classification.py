@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from rankfold.errors import InputError
+
 
 class Labelled(NamedTuple):
     """Texts and the index of the right class of each."""
@@ -44,7 +46,7 @@ def load_labelled(path: str | Path) -> Labelled:
     """
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"{file}: labelled texts must be a JSONL file, but there is no such file.")
+        raise InputError(f"{file}: labelled texts must be a JSONL file, but there is no such file.")
     opener: Any = gzip.open if file.suffix == ".gz" else open
     rows = []
     with opener(file, "rt", encoding="utf-8") as lines:
@@ -52,11 +54,11 @@ def load_labelled(path: str | Path) -> Labelled:
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, line {number}: each line must be one JSON object ({error}).") from error
+                raise InputError(f"{file}, line {number}: each line must be one JSON object ({error}).") from error
     texts = [row.get("sentence", row.get("text")) for row in rows]
     labels = [row.get("label") for row in rows]
     if not rows or not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int) for n in labels):
-        raise ValueError(f"{file}: each row must hold `sentence` or `text` and an integer `label`.")
+        raise InputError(f"{file}: each row must hold `sentence` or `text` and an integer `label`.")
     return Labelled(texts, labels)
 
 
@@ -81,7 +83,7 @@ def right_answers(
         encoded = tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(device)
         logits = model(**encoded).logits
         if not bool(torch.isfinite(logits).all()):
-            raise ValueError(f"Logits must be finite, but the rows from {start} on give NaN or infinity.")
+            raise InputError(f"Logits must be finite, but the rows from {start} on give NaN or infinity.")
         labels = torch.tensor(labelled.labels[start : start + batch_size], device=device)
         right += (logits.argmax(-1) == labels).tolist()
         on_batch()

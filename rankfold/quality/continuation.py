@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankfold.errors import InputError
 from rankfold.quality.generation import prompt_ids
 
 CHOICES = 4
@@ -59,7 +60,7 @@ def choice_items(
         if len(rows) == count:
             break
     if len(rows) < count:
-        raise ValueError(
+        raise InputError(
             f"The text gives {len(rows)} questions of {context} + {scored} tokens, but {count} were asked for. "
             "Take a longer text, or ask for fewer."
         )
@@ -142,7 +143,7 @@ def _losses(model: Any, batch: Tensor, scored: int) -> Tensor:
     logits = model(input_ids=ids).logits[:, -scored - 1 : -1].float()
     losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -scored:], reduction="none").sum(1)
     if not bool(torch.isfinite(losses).all()):
-        raise ValueError(
+        raise InputError(
             "The likelihood of a continuation must be a number, but the model gives NaN or infinity. Load a "
             "float16 model with --dtype bfloat16; if it stays, the weights are damaged."
         )

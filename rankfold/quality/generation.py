@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from rankfold.calibration import max_length
+from rankfold.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Sampling:
     def __post_init__(self) -> None:
         """Refuse settings that cannot be followed."""
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.new_tokens < 1:
-            raise ValueError(
+            raise InputError(
                 "Sampling needs a temperature of 0 or more, top_p in (0, 1] and at least one new token, but got "
                 f"temperature {self.temperature:g}, top_p {self.top_p:g} and {self.new_tokens} new tokens."
             )
@@ -41,7 +42,7 @@ def prompt_room(model: Any, sampling: Sampling) -> int | None:
     if limit is None:
         return None
     if sampling.new_tokens >= limit:
-        raise ValueError(
+        raise InputError(
             f"The model reads {limit} tokens, so it must write fewer than that after a prompt, but "
             f"{sampling.new_tokens} new tokens were asked for."
         )
@@ -67,7 +68,7 @@ def complete(
         ValueError: If the model does not generate text, or there is no room for a prompt.
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise ValueError(f"Only a causal language model goes on from a prompt, but this is a {type(model).__name__}.")
+        raise InputError(f"Only a causal language model goes on from a prompt, but this is a {type(model).__name__}.")
     room = prompt_room(model, sampling)
     rows = [prompt_ids(tokenizer, prompt, room) for prompt in prompts]
     device = next(model.parameters()).device

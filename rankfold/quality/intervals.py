@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from rankfold.errors import InputError
+
 Z = 1.96
 """Standard normal quantile of a two-sided interval of 95 %."""
 
@@ -47,7 +49,7 @@ def share(values: Sequence[float | int]) -> Share:
     [0.0, 0.0, 0.037]
     """
     if not values:
-        raise ValueError("A share needs at least one observation, but got none.")
+        raise InputError("A share needs at least one observation, but got none.")
     count = len(values)
     mean = math.fsum(values) / count
     middle = mean + Z**2 / (2 * count)

@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankfold.errors import InputError
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -94,7 +96,7 @@ def _logits(model: Any, ids: Int[Tensor, "batch length"], number: int) -> Float[
     """Logits for every token but the first of each window, in float32."""
     logits: Tensor = model(input_ids=ids).logits[:, :-1].float()
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError(
+        raise InputError(
             f"Logits must be finite, but batch {number} of the evaluation gives NaN or infinity. Load a float16 model "
             "with --dtype bfloat16 or float32; if it stays, the model is broken and has no perplexity."
         )

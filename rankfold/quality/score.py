@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from rankfold.errors import InputError
 from rankfold.quality.classification import Labelled, right_answers
 from rankfold.quality.perplexity import next_token_quality
 
@@ -57,7 +58,7 @@ def masked_score(batches: Sequence[Mapping[str, Tensor]]) -> Scorer:
             asked = (batch["labels"] != -100).sum(1)
             losses += (each.double().sum(1)[asked > 0] / asked[asked > 0]).tolist()
         if not losses or not all(map(math.isfinite, losses)):
-            raise ValueError("The masked-token loss must be finite, but the model gives NaN or infinity.")
+            raise InputError("The masked-token loss must be finite, but the model gives NaN or infinity.")
         return Score("masked_loss", "nat/token", tuple(losses))
 
     return score

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankfold.architectures import adopt
 from rankfold.calibration import BlockStep, MomentAccumulator, walk_blocks
+from rankfold.errors import InputError
 from rankfold.factorization import Moments
 from rankfold.modules import LowRankLinear, PivotedLinear, SpQRLinear, linear_shape
 from rankfold.plan import Plan
@@ -48,7 +49,7 @@ def quantize_blocks(
         ValueError: If the model is quantized already, has no linear layer in its blocks, or a value is not finite.
     """
     if any(isinstance(module, SpQRLinear) for module in model.modules()):
-        raise ValueError("The model is quantized already. Quantize the checkpoint from which it was made.")
+        raise InputError("The model is quantized already. Quantize the checkpoint from which it was made.")
     training = model.training
     model.eval()
     base = model.base_model
@@ -65,7 +66,7 @@ def quantize_blocks(
                     bits[path], kept[path] = bits_per_weight(layer), len(layer.outlier_values)
                 on_layer()
     if not bits:
-        raise ValueError(f"{type(model).__name__}: no linear layer in the blocks of the model gets smaller by this.")
+        raise InputError(f"{type(model).__name__}: no linear layer in the blocks of the model gets smaller by this.")
     if not hasattr(model.config, "rankfold"):
         adopt(model, Plan(options=(), method="", versions=versions()))
     stored = {"scheme": "spqr", "grid": asdict(grid), "modules": kept}

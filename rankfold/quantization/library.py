@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankfold.checkpoint import ADAPTER, auto_class_for, load_model, quantized_by_library, save
+from rankfold.architectures import auto_class_for
+from rankfold.checkpoint import ADAPTER, chosen_device, load_model, quantized_by_library, save
+from rankfold.errors import InputError
 from rankfold.modules import LowRankLinear, SpQRLinear, keep_storage, linear_at
 from rankfold.plan import Plan
 
@@ -50,13 +52,14 @@ def quantize_by_library(
         ValueError: If bitsandbytes is not installed, the scheme is unknown, or no layer passes the test.
     """
     if scheme not in SCHEMES:
-        raise ValueError(f"The scheme must be one of {', '.join(SCHEMES)}, but got {scheme!r}.")
+        raise InputError(f"The scheme must be one of {', '.join(SCHEMES)}, but got {scheme!r}.")
     settings = _settings(scheme, dtype)
+    device = str(chosen_device(device))
     if (Path(source) / ADAPTER).is_file() or quantized_by_library(source):
-        raise ValueError(f"{source}: quantized already, or adapters over such a model. Quantize what it was made from.")
+        raise InputError(f"{source}: quantized already, or adapters over such a model. Quantize what it was made from.")
     dense = load_model(source, dtype=dtype)
     if any(isinstance(module, SpQRLinear) for module in dense.modules()):
-        raise ValueError(f"{source}: quantized already. Quantize the checkpoint from which it was made.")
+        raise InputError(f"{source}: quantized already. Quantize the checkpoint from which it was made.")
     padded = pad_ranks(dense, MULTIPLE) if scheme == "nf4" else 0
     head = [name for name, module in dense.named_modules() if module is dense.get_output_embeddings()]
     failed: list[str] = []
@@ -73,7 +76,7 @@ def quantize_by_library(
                 break
             failed += wrong
     if not layers or wrong:
-        raise ValueError(f"{source}: bitsandbytes quantizes no layer of this model correctly here; see its {scheme}.")
+        raise InputError(f"{source}: bitsandbytes quantizes no layer of this model correctly here; see its {scheme}.")
     return made.eval(), Summary(tuple(layers), tuple(failed), padded)
 
 
@@ -84,7 +87,7 @@ def _settings(scheme: str, dtype: torch.dtype) -> Callable[[list[str]], Any]:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"{scheme} needs bitsandbytes: pip install 'rankfold[quantization]'") from error
+        raise InputError(f"{scheme} needs bitsandbytes: pip install 'rankfold[quantization]'") from error
     if scheme == "int8":
         return lambda skip: BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)  # type: ignore[no-untyped-call]
     return lambda skip: BitsAndBytesConfig(  # type: ignore[no-untyped-call]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from rankfold.errors import InputError
 from rankfold.modules import SpQRLinear, pack, statistics
 
 COLUMNS = 128
@@ -40,12 +41,12 @@ class Grid:
     def __post_init__(self) -> None:
         """Refuse what cannot be stored."""
         if not 2 <= self.bits <= 8 or not 2 <= self.statistics_bits <= 8:
-            raise ValueError(
+            raise InputError(
                 f"SpQR stores weights and their statistics in 2 to 8 bits, but got {self.bits} and "
                 f"{self.statistics_bits}."
             )
         if self.group < 2 or self.rows < 1 or not 0 <= self.outliers < 0.5:
-            raise ValueError(
+            raise InputError(
                 "SpQR needs groups of at least 2 weights and 1 row, and a share of outliers in [0, 0.5), but got "
                 f"{self.group}, {self.rows} and {self.outliers:g}."
             )
@@ -86,7 +87,7 @@ def spqr(
         ValueError: If a weight or a moment is not finite.
     """
     if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(second).all()):
-        raise ValueError(
+        raise InputError(
             "Weights and moments must be finite to be quantized, but some are NaN or infinite: the checkpoint is "
             "damaged, or its activations overflow. Take another, or load a float16 model with --dtype bfloat16."
         )

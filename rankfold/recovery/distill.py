@@ -12,7 +12,9 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from rankfold.errors import InputError
 from rankfold.modules import SpQRLinear
+from rankfold.sites import vocabulary_size
 
 OBJECTIVES = ("kl", "next-token")
 
@@ -116,16 +118,16 @@ def recover(  # noqa: PLR0913
 def _check(model: Any, teacher: Any, objective: str, adapters: bool) -> None:
     """Refuse what cannot be trained, before anything is."""
     if objective not in OBJECTIVES:
-        raise ValueError(f"The objective must be `kl` or `next-token`, but got {objective!r}.")
+        raise InputError(f"The objective must be `kl` or `next-token`, but got {objective!r}.")
     if objective == "kl" and teacher is None:
-        raise ValueError("Recovery by divergence needs the dense model as teacher: pass it, or ask for next-token.")
-    if objective == "kl" and teacher.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"Teacher and model must share a vocabulary, but have {teacher.config.vocab_size} and "
-            f"{model.config.vocab_size} tokens."
+        raise InputError("Recovery by divergence needs the dense model as teacher: pass it, or ask for next-token.")
+    if objective == "kl" and vocabulary_size(teacher) != vocabulary_size(model):
+        raise InputError(
+            f"Teacher and model must share a vocabulary, but have {vocabulary_size(teacher)} and "
+            f"{vocabulary_size(model)} tokens."
         )
     if is_quantized(model) and not adapters:
-        raise ValueError("Weights in few bits cannot take gradient steps: train adapters over them, with --lora 8.")
+        raise InputError("Weights in few bits cannot take gradient steps: train adapters over them, with --lora 8.")
 
 
 def is_quantized(model: Any) -> bool:
@@ -158,9 +160,9 @@ def _with_adapters(model: Any, rank: int) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ValueError("Training adapters needs PEFT: pip install 'rankfold[recovery]'") from error
+        raise InputError("Training adapters needs PEFT: pip install 'rankfold[recovery]'") from error
     if any(isinstance(module, SpQRLinear) for module in model.modules()):
-        raise ValueError("PEFT trains no adapters over SpQR's layers: quantize with --scheme nf4 or int8 for that.")
+        raise InputError("PEFT trains no adapters over SpQR's layers: quantize with --scheme nf4 or int8 for that.")
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0))

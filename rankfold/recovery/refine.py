@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from rankfold.calibration import BlockStep, walk_blocks
 from rankfold.calibration.walk import Call
+from rankfold.errors import InputError
 from rankfold.modules import linear_at, put, restack, use_eager_experts
 from rankfold.recovery.divergence import divergence
 from rankfold.sites import block_paths
@@ -72,7 +73,7 @@ def refine_blocks(  # noqa: PLR0913
         ValueError: If there are fewer than two batches.
     """
     if len(batches) < 2:
-        raise ValueError(f"Refinement holds batches out and needs at least two, but got {len(batches)}.")
+        raise InputError(f"Refinement holds batches out and needs at least two, but got {len(batches)}.")
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
     compressed = {name: linear_at(model, name) for name in dense}
@@ -85,7 +86,7 @@ def refine_blocks(  # noqa: PLR0913
     with closing(walk_blocks(base, read)) as first, closing(walk_blocks(base, read)) as second:
         for straight, drifted in zip(first, second, strict=True):
             if straight.path in visited:
-                raise ValueError(f"{type(model).__name__} applies a block repeatedly, so it cannot be refined alone.")
+                raise InputError(f"{type(model).__name__} applies a block repeatedly, so it cannot be refined alone.")
             visited.add(straight.path)
             put(model, dense)
             with torch.no_grad():
@@ -141,10 +142,10 @@ def refine_predictions(  # noqa: PLR0913
         ValueError: If there are fewer than two batches, or the model predicts no distribution.
     """
     if len(batches) < 2:
-        raise ValueError(f"Refinement holds batches out and needs at least two, but got {len(batches)}.")
+        raise InputError(f"Refinement holds batches out and needs at least two, but got {len(batches)}.")
     read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     if not predicts(teacher, read[0]):
-        raise ValueError(f"A {type(model).__name__} predicts no distribution; refine it towards its blocks' outputs.")
+        raise InputError(f"A {type(model).__name__} predicts no distribution; refine it towards its blocks' outputs.")
     use_eager_experts(model)
     paths = block_paths(model)
     blocks = {path: model.get_submodule(path) for path in paths}

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rankfold.cost.latency import cache_of
+from rankfold.errors import InputError
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def sample_windows(
         ValueError: If the model does not generate text.
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise ValueError(f"Only a causal language model writes text by itself, but this is a {type(model).__name__}.")
+        raise InputError(f"Only a causal language model writes text by itself, but this is a {type(model).__name__}.")
     device = next(model.parameters()).device
     begin = tokenizer.bos_token_id
     vocabulary = min(len(tokenizer), model.get_input_embeddings().num_embeddings)

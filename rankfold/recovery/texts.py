@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rankfold.calibration import calibration_windows, load_corpus
+from rankfold.errors import InputError
 from rankfold.recovery.samples import sample_windows
 
 GENERATED = "generated"
@@ -46,9 +47,9 @@ def recovery_windows(  # noqa: PLR0913
         ValueError: If there is no text, generated text is asked for without a teacher, or a text is too short.
     """
     if not texts:
-        raise ValueError("Recovery needs a text to train on, but got none.")
+        raise InputError("Recovery needs a text to train on, but got none.")
     if GENERATED in texts and teacher is None:
-        raise ValueError("Generated text is the dense model's: pass --dense.")
+        raise InputError("Generated text is the dense model's: pass --dense.")
     each = -(-count // len(texts))
     windows, held_out = [], []
     for name in dict.fromkeys(texts):

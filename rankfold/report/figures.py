@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rankfold.errors import InputError
+
 
 def check_figure(path: str | Path) -> None:
     """Whether a figure can be written here, to be asked before the work that it takes.
@@ -14,9 +16,9 @@ def check_figure(path: str | Path) -> None:
         ValueError: If the suffix is unknown or the folder does not exist.
     """
     if Path(path).suffix not in {".png", ".svg", ".pdf"}:
-        raise ValueError(f"{path}: a figure must be named .png, .svg or .pdf.")
+        raise InputError(f"{path}: a figure must be named .png, .svg or .pdf.")
     if not Path(path).parent.is_dir():
-        raise ValueError(f"{path}: the folder {Path(path).parent} does not exist. Make it first.")
+        raise InputError(f"{path}: the folder {Path(path).parent} does not exist. Make it first.")
 
 
 def draw_spectra(spectra: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
@@ -31,12 +33,12 @@ def draw_spectra(spectra: Mapping[str, Mapping[str, Sequence[float]]], path: str
     """
     check_figure(path)
     if not spectra:
-        raise ValueError(f"{path}: nothing to draw, since no site was chosen.")
+        raise InputError(f"{path}: nothing to draw, since no site was chosen.")
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("Drawing needs matplotlib: pip install 'rankfold[plots]'") from error
+        raise InputError("Drawing needs matplotlib: pip install 'rankfold[plots]'") from error
     columns = min(len(spectra), 4)
     rows = -(-len(spectra) // columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
@@ -80,12 +82,12 @@ def draw_points(
     """
     check_figure(path)
     if not any(series.values()):
-        raise ValueError(f"{path}: nothing to draw, since there are no points.")
+        raise InputError(f"{path}: nothing to draw, since there are no points.")
     try:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("Drawing needs matplotlib: pip install 'rankfold[plots]'") from error
+        raise InputError("Drawing needs matplotlib: pip install 'rankfold[plots]'") from error
     figure = Figure(figsize=(9.5, 4.8), layout="constrained")
     panel = figure.subplots()
     for index, (name, points) in enumerate(series.items()):

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from rankfold.errors import InputError
 from rankfold.plan import Plan
 from rankfold.record import Record
 from rankfold.report.section import Figure, Section
@@ -27,7 +28,7 @@ def read_records(files: Sequence[Path]) -> list[Record]:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{file}: the records cannot be read ({error}). Name a file that rankfold wrote."
             ) from error
         for number, line in enumerate(lines, 1):
@@ -36,9 +37,9 @@ def read_records(files: Sequence[Path]) -> list[Record]:
             try:
                 record = Record.from_json(line)
                 if not math.isfinite(float(record.value or 0)) or not math.isfinite(float(record.error or 0)):
-                    raise ValueError(f"{record.name} is not finite")
+                    raise InputError(f"{record.name} is not finite")
             except (ValueError, TypeError) as error:
-                raise ValueError(
+                raise InputError(
                     f"{file}, line {number}: this is no record that this rankfold knows ({error}). If a newer one "
                     "wrote it, install that: pip install --upgrade rankfold"
                 ) from error
@@ -47,7 +48,7 @@ def read_records(files: Sequence[Path]) -> list[Record]:
             record = Record(**{**vars(record), "subject": file.stem if named else record.subject, "context": facts})
             records.append(record)
     if not records:
-        raise ValueError(f"{', '.join(map(str, files))}: a report needs at least one record, but there is none.")
+        raise InputError(f"{', '.join(map(str, files))}: a report needs at least one record, but there is none.")
     return records
 
 
@@ -66,13 +67,13 @@ def write_page(
         ValueError: If the folder does not exist or plotly is missing.
     """
     if path.suffix != ".html":
-        raise ValueError(f"{path}: a report must be named .html.")
+        raise InputError(f"{path}: a report must be named .html.")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist. Make it first.")
+        raise InputError(f"{path}: the folder {path.parent} does not exist. Make it first.")
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ValueError("A report needs plotly: pip install 'rankfold[report]'") from error
+        raise InputError("A report needs plotly: pip install 'rankfold[report]'") from error
     sections = [section for make in SECTIONS for section in make(records, plan)]
     figures = [figure for section in sections for figure in section.figures]
     template = resources.files("rankfold.report").joinpath("page.html").read_text(encoding="utf-8")

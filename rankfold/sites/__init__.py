@@ -3,7 +3,7 @@
 from rankfold.sites.find import block_paths, find_sites
 from rankfold.sites.fused import fused_parts
 from rankfold.sites.site import Part, Site, Sites, Skipped
-from rankfold.sites.text_inputs import has_other_inputs, text_arguments, text_config, vocabulary_size
+from rankfold.sites.text_inputs import example_ids, has_other_inputs, text_arguments, text_config, vocabulary_size
 
 __all__ = [
     "Part",
@@ -11,6 +11,7 @@ __all__ = [
     "Sites",
     "Skipped",
     "block_paths",
+    "example_ids",
     "find_sites",
     "fused_parts",
     "has_other_inputs",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.errors import InputError
 from rankfold.modules import FactorizedLinear, LinearStack, linear_shape
 from rankfold.sites.fused import fused_parts
 from rankfold.sites.site import Site, Sites, Skipped
@@ -203,7 +204,7 @@ def _trace(model: Any, linears: Mapping[str, nn.Module], inputs: Mapping[str, Te
         with torch.no_grad():
             model(**read)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(_cannot_run(model, device, error, inputs is None)) from error
+        raise InputError(_cannot_run(model, device, error, inputs is None)) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -231,9 +232,7 @@ def _cannot_run(model: Any, device: torch.device, error: Exception, on_text: boo
 def _default_inputs(model: Any, device: torch.device) -> dict[str, Tensor]:
     """A few token ids; embeddings where there are no weights, since masks and padding are checked by value."""
     if device.type != "meta":
-        read = text_arguments(model, example_ids(model, device))
-        mask = {"attention_mask": torch.ones_like(read["input_ids"])} if "input_ids" in read else {}
-        return {**read, **mask}
+        return text_arguments(model, example_ids(model, device))
     table = model.get_input_embeddings()
     embeddings = torch.empty(1, 4, table.embedding_dim, dtype=table.weight.dtype, device=device)
     decoder = {"decoder_inputs_embeds": embeddings} if model.config.is_encoder_decoder else {}

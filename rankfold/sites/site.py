@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankfold.errors import InputError
+
 
 @dataclass(frozen=True)
 class Part:
@@ -104,7 +106,7 @@ class Sites(Sequence[Site]):
         for pattern in patterns:
             if not any(_matches(site, pattern) for site in self.all):
                 kinds = sorted({site.kind for site in self.all})
-                raise ValueError(f"No site matches the pattern {pattern!r}. Kinds of sites in this model: {kinds}.")
+                raise InputError(f"No site matches the pattern {pattern!r}. Kinds of sites in this model: {kinds}.")
         chosen = [site for site in self.all if any(_matches(site, pattern) for pattern in patterns)]
         names = {site.name for site in chosen}
         rest = [

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rankfold.errors import InputError
+
 _SPECIAL = re.compile(r"(token_id|token_index|_id|_index)$")
 _AUDIO = ("input_features", "input_values")
 
@@ -93,7 +95,7 @@ def _silence(model: Any, name: str) -> Tensor:
             continue
         model._silence = sound.cpu()
         return sound
-    raise ValueError(
+    raise InputError(
         f"{type(model).__name__} must be given sound of a shape that is not known here ({problem}), so text alone "
         "cannot run it. Pass an example of its arguments as inputs=."
     ) from problem

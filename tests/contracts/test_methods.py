@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfold.compress import factorized_module
+from rankfold.compression import factorized_module
 from rankfold.factorization import METHODS, Factors, Moments, SiteMoments
 from rankfold.plan import stored_parameters
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfold.compress import factorized_module
+from rankfold.compression import factorized_module
 from rankfold.factorization import Moments, SiteMoments, kfac, ordered_kfac, pivoted, predicted_loss, shrunk
 from rankfold.factorization.pivoted import GROWTH
 

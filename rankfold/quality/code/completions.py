@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rankfold.errors import InputError
 from rankfold.quality.code.tasks import Task
 from rankfold.quality.generation import Sampling, complete, prompt_ids, prompt_room
 from rankfold.record import whole_lines
@@ -55,7 +56,7 @@ def complete_tasks(  # noqa: PLR0913
         ValueError: If more than one greedy answer is asked for, or the model does not generate.
     """
     if samples > 1 and not sampling.temperature:
-        raise ValueError(f"Greedy answers are all alike: give a temperature to draw {samples} samples of each task.")
+        raise InputError(f"Greedy answers are all alike: give a temperature to draw {samples} samples of each task.")
     room = prompt_room(model, sampling)
     lengths = {task.name: len(prompt_ids(tokenizer, task.prompt.rstrip(), room)) for task in tasks}
     wanted = [(task, sample) for task in sorted(tasks, key=lambda t: lengths[t.name]) for sample in range(samples)]
@@ -88,7 +89,7 @@ def read_completions(file: Path) -> dict[Key, str]:
             row = json.loads(line)
             found.setdefault((row["task_id"], row["sample"]), row["completion"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{file}, line {number}: a completion must have task_id, sample and completion. The file is not one "
                 "that rankfold wrote, or is damaged: remove it to begin again."
             ) from error

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from rankfold.errors import InputError
 from rankfold.quality.generation import Sampling, complete
 
 SHORTEST, LONGEST = 4, 100
@@ -37,7 +38,7 @@ def choose_lines(texts: Sequence[str], count: int, seed: int = 0) -> list[Line]:
                 found.append((text, place, line))
             place += len(whole)
     if len(found) < count:
-        raise ValueError(f"The text has {len(found)} lines that can be asked for, but {count} were asked for.")
+        raise InputError(f"The text has {len(found)} lines that can be asked for, but {count} were asked for.")
     return [Line(text[:place], line) for text, place, line in random.Random(seed).sample(found, count)]
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from rankfold.errors import InputError
 from rankfold.quality.code import sandboxed
 
 _FIRST_USER = 2_000_000
@@ -324,7 +325,7 @@ def strongest_protection(among: Sequence[Protection] = PROTECTIONS) -> Protectio
         ValueError: If there is none, as on Windows.
     """
     if os.name != "posix":
-        raise ValueError("Generated programs are only run on Linux and macOS, where a process can be held to limits.")
+        raise InputError("Generated programs are only run on Linux and macOS, where a process can be held to limits.")
     failures = []
     for protection in among:
         if protection not in _tried:
@@ -332,7 +333,7 @@ def strongest_protection(among: Sequence[Protection] = PROTECTIONS) -> Protectio
         if _tried[protection].passed:
             return protection
         failures.append(f"{protection.name}: {_tried[protection].detail}")
-    raise ValueError(f"No sandbox runs here, so no generated program may: {'; '.join(failures)}")
+    raise InputError(f"No sandbox runs here, so no generated program may: {'; '.join(failures)}")
 
 
 _tried: dict[Protection, Execution] = {}

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from rankfold.errors import InputError
 from rankfold.quality.code.completions import Completion
 from rankfold.quality.code.sandbox import Execution, Sandbox
 from rankfold.quality.diversity import distinct_share, repeated_share
@@ -46,7 +47,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     0.5
     """
     if not 1 <= k <= samples:
-        raise ValueError(f"pass@k needs k between 1 and the samples of a task, but got k {k} and {samples} samples.")
+        raise InputError(f"pass@k needs k between 1 and the samples of a task, but got k {k} and {samples} samples.")
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
@@ -75,7 +76,7 @@ def score_completions(
         ValueError: If there are no completions, or a `k` is larger than the samples of a task.
     """
     if not completions:
-        raise ValueError("Scores need at least one completion, but got none.")
+        raise InputError("Scores need at least one completion, but got none.")
     programs = [made.task.program(made.text) for made in completions]
     executions = sandbox.run_all(programs, workers=workers, on_program=on_program)
     by_task: dict[str, list[bool]] = {}

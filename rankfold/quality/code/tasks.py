@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.calibration import dataset_rows
+from rankfold.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,16 @@ def load_tasks(source: str | Path) -> list[Task]:
     """
     path = Path(source)
     if not path.is_file() and path.suffix in (".jsonl", ".json", ".gz", ".xz"):
-        raise ValueError(f"{source}: no such file. Programming tasks are read from one such as HumanEval.jsonl.gz.")
+        raise InputError(f"{source}: no such file. Programming tasks are read from one such as HumanEval.jsonl.gz.")
     rows = _rows(path) if path.is_file() else _numbered(dataset_rows(str(source), split="test"), str(source))
     tasks: dict[str, Task] = {}
     for where, row in rows:
         task = _task(row, where)
         if task.name in tasks:
-            raise ValueError(f"{where}: the task {task.name} stands here for the second time.")
+            raise InputError(f"{where}: the task {task.name} stands here for the second time.")
         tasks[task.name] = task
     if not tasks:
-        raise ValueError(f"{source}: a file of programming tasks must hold at least one, but this one is empty.")
+        raise InputError(f"{source}: a file of programming tasks must hold at least one, but this one is empty.")
     return list(tasks.values())
 
 
@@ -95,14 +96,14 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise ValueError(f"{path}: no whole text file in UTF-8 ({error}). Copy it again.") from error
+        raise InputError(f"{path}: no whole text file in UTF-8 ({error}). Copy it again.") from error
 
 
 def _parsed(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: every line must be a JSON object, but this one is not ({error}).") from error
+        raise InputError(f"{where}: every line must be a JSON object, but this one is not ({error}).") from error
 
 
 def _task(row: Any, where: str) -> Task:
@@ -111,7 +112,7 @@ def _task(row: Any, where: str) -> Task:
         if needed <= fields:
             return make(row)
     missing = min((sorted(needed - fields) for needed, _ in _FIELDS), key=len)
-    raise ValueError(
+    raise InputError(
         f"{where}: a task must have HumanEval's fields {sorted(_FIELDS[0][0])} or MBPP's {sorted(_FIELDS[1][0])}; "
         f"the closer of the two lacks {missing}."
     )

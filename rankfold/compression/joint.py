@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankfold.compress.replace import finish, matrix_of
+from rankfold.compression.replace import finish, matrix_of
+from rankfold.errors import InputError
 from rankfold.factorization import STACK_METHODS, JointFactors
 from rankfold.modules import JointLinear, linear_at
 from rankfold.plan import Option, Plan
@@ -34,14 +35,14 @@ def compress_stacks(
         ValueError: If the form is unknown, matrices of a stack differ in shape, or one is not finite.
     """
     if form not in STACK_METHODS:
-        raise ValueError(f"Stacks can be decomposed as {', '.join(STACK_METHODS)}, but got {form!r}.")
+        raise InputError(f"Stacks can be decomposed as {', '.join(STACK_METHODS)}, but got {form!r}.")
     options, made = [], []
     for names in stacks:
         linears = [linear_at(model, name) for name in names]
         matrices = [matrix_of(linear)[0] for linear in linears]
         if len({matrix.shape for matrix in matrices}) != 1:
             shapes = {name: tuple(matrix.shape) for name, matrix in zip(names, matrices, strict=True)}
-            raise ValueError(f"Matrices of a stack must have one shape, but got {shapes}.")
+            raise InputError(f"Matrices of a stack must have one shape, but got {shapes}.")
         factors = STACK_METHODS[form](torch.stack(matrices), ranks, seed)
         leader: JointLinear | None = None
         for name, linear, mix in zip(names, linears, factors.mix, strict=True):

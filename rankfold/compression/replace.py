@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rankfold.architectures import adopt
 from rankfold.calibration import calibrate_blocks
+from rankfold.errors import InputError
 from rankfold.factorization import METHODS, Factors, SiteMoments, ordered_kfac, pivoted, predicted_loss
 from rankfold.modules import (
     FactorizedLinear,
@@ -107,7 +108,7 @@ def predicted_losses(
     for site in sites:
         moments = statistics[site.name]
         if moments.inputs is None or moments.gradients is None:
-            raise ValueError(f"{site.name}: predicted losses need moments of gradients: pass a loss to calibrate(...).")
+            raise InputError(f"{site.name}: predicted losses need moments of gradients: pass a loss to calibrate(...).")
         if moments.inputs.vectors == 0 or not bool(moments.gradients.second.any()):
             continue
         W, b = matrix_of(linear_at(model, site.name))
@@ -189,11 +190,11 @@ def factorize_site(
     """
     chosen = METHODS[method]
     if option.form != chosen.form and "tucker" in (option.form, chosen.form):
-        raise ValueError(
+        raise InputError(
             f"The method {method!r} makes the form {chosen.form!r}, but the plan asks for {option.form!r}."
         )
     if chosen.needs_data and moments is None:
-        raise ValueError(f"The method {method!r} needs statistics of this site: pass the result of calibrate(...).")
+        raise InputError(f"The method {method!r} needs statistics of this site: pass the result of calibrate(...).")
     if chosen.needs_data and moments is not None:
         measured = moments.inputs or moments.outputs
         if measured is None or measured.vectors == 0:

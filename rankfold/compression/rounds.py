@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rankfold.architectures import release
 from rankfold.calibration import Loss, calibrate_blocks
-from rankfold.compress.drift import correct_drift
-from rankfold.compress.replace import factorized_module, finish, matrix_of, split_off
+from rankfold.compression.drift import correct_drift
+from rankfold.compression.replace import factorized_module, finish, matrix_of, split_off
 from rankfold.factorization import Ordered, SiteMoments, ordered_kfac
 from rankfold.modules import linear_at, use_eager_experts
 from rankfold.plan import DENSE, Option, Plan

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from rankfold.allocation import knapsack
 from rankfold.architectures import to_conv1d
-from rankfold.compress.replace import finish, matrix_of
+from rankfold.compression.replace import finish, matrix_of
+from rankfold.errors import InputError
 from rankfold.factorization import SiteMoments, ordered_kfac
 from rankfold.modules import AdaptiveLinear, LowRankLinear, linear_at
 from rankfold.plan import DENSE, Option, Plan, stored_parameters
@@ -86,9 +87,9 @@ def shrink(model: Any, keep: float) -> Plan:
     stored = getattr(model.config, "rankfold", None) or {}
     tables = stored.get("nested")
     if not tables:
-        raise ValueError("Only a nested model can be cut: make one with rankfold compress --nested.")
+        raise InputError("Only a nested model can be cut: make one with rankfold compress --nested.")
     if not 0 < keep <= 1:
-        raise ValueError(f"keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
+        raise InputError(f"keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
     sites, losses = [], {}
     for name, table in tables.items():
         layer = linear_at(model, name)
@@ -135,10 +136,10 @@ def adapt(
         ValueError: If a share is out of range, or the plan has no low-rank site.
     """
     if not (0 < small < 1 and 0 <= share <= 1):
-        raise ValueError(f"Shares of the rank and of the tokens lie between 0 and 1, but got {small:g} and {share:g}.")
+        raise InputError(f"Shares of the rank and of the tokens lie between 0 and 1, but got {small:g} and {share:g}.")
     chosen = [o for o in plan.factorized if o.form == "low_rank" and o.ranks[0] > 1]
     if not chosen:
-        raise ValueError("The plan has no low-rank site that could choose between ranks.")
+        raise InputError("The plan has no low-rank site that could choose between ranks.")
     layers: dict[str, AdaptiveLinear] = {}
     options = {option.sites: option for option in plan.options}
     for option in chosen:
@@ -173,7 +174,7 @@ def _set_thresholds(
             hook.remove()
     for name, layer in layers.items():
         if not seen[name]:
-            raise ValueError(f"{name}: no token of the text reached it. Give other or more text.")
+            raise InputError(f"{name}: no token of the text reached it. Give other or more text.")
         ordered = torch.cat(seen[name]).sort().values
         place = min(int(share * len(ordered)), len(ordered) - 1)
         layer.threshold.fill_(float(ordered[place]) if share < 1 else float("inf"))

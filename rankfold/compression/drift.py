@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.calibration import BlockStep, walk_blocks
-from rankfold.compress.replace import factorized_module, matrix_of
+from rankfold.compression.replace import factorized_module, matrix_of
 from rankfold.factorization import Ordered
 from rankfold.modules import linear_at, put
 from rankfold.plan import DENSE, Option, Plan

@@ -1,9 +1,9 @@
 """A plan is carried out: sites become factorized modules, once or in rounds, and are corrected for drift."""
 
-from rankfold.compress.drift import correct_drift
-from rankfold.compress.joint import compress_stacks
-from rankfold.compress.nested import adapt, nest, shrink
-from rankfold.compress.replace import (
+from rankfold.compression.drift import correct_drift
+from rankfold.compression.joint import compress_stacks
+from rankfold.compression.nested import adapt, nest, shrink
+from rankfold.compression.replace import (
     compress,
     compress_blocks,
     factorize_site,
@@ -11,7 +11,7 @@ from rankfold.compress.replace import (
     matrix_of,
     predicted_losses,
 )
-from rankfold.compress.rounds import compress_in_rounds, restore, with_layers
+from rankfold.compression.rounds import compress_in_rounds, restore, with_layers
 
 __all__ = [
     "adapt",
