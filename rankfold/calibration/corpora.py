@@ -6,23 +6,21 @@ import gzip
 import hashlib
 import importlib.resources
 import json
-import lzma
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from rankfold.calibration.rows import SUFFIXES, dataset_texts, file_texts
 from rankfold.errors import InputError
 from rankfold.sites import text_arguments, vocabulary_size
 
 BUNDLED = ("bundled:calibration", "bundled:python-held-out", "bundled:english-held-out")
 """Names of the bundled texts: a mixed sample to calibrate on, and two to evaluate on."""
-
-_FILE_SUFFIXES = {".txt", ".md", ".py", ".rst", ".raw", ".tokens", ".json", ".jsonl", ".gz", ".xz"}
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,15 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(source: str | Path, limit_characters: int = 50_000_000) -> Corpus:
+def load_corpus(source: str | Path, limit_characters: int = 50_000_000, tokenizer: Any = None) -> Corpus:
     """Texts from a file, a data set of the hub, or the bundled sample.
 
     Args:
-        source: A text file; a JSONL file, plain, `.gz` or `.xz`, with `text`, `content` or `messages` in each row;
-            a data set `name`, `name:config` or `name:config:split`, read as a stream; or a name of `BUNDLED`.
+        source: A text file; rows of JSON lines, a JSON array, CSV, TSV or Parquet, plain, `.gz` or `.xz`, with what
+            `rankfold.calibration.rows.FIELDS` names; a data set `name`, `name:config` or `name:config:split`, read
+            as a stream; or a name of `BUNDLED`.
         limit_characters: Reading stops here, since a calibration needs little.
+        tokenizer: Where given, its chat template writes conversations as the model reads them.
 
     Raises:
         ValueError: If the source does not exist, cannot be read as text, or holds no text.
@@ -57,13 +57,13 @@ def load_corpus(source: str | Path, limit_characters: int = 50_000_000) -> Corpu
     if name in BUNDLED:
         stream: Iterator[str] = _bundled(name)
     elif path.is_file():
-        stream = _file_texts(path)
-    elif path.is_dir() or _FILE_SUFFIXES & set(path.suffixes) or name.startswith((".", "/", "~")):
+        stream = file_texts(path, tokenizer)
+    elif path.is_dir() or SUFFIXES & set(path.suffixes) or name.startswith((".", "/", "~")):
         raise InputError(
             f"{name}: a corpus must be a text or JSONL file, a data set name or one of {BUNDLED}; no such file."
         )
     else:
-        stream = _dataset_texts(name)
+        stream = dataset_texts(name, dataset_rows(name, split="train"), tokenizer)
     texts, total = [], 0
     for text in stream:
         if text.strip():
@@ -81,53 +81,6 @@ def _bundled(name: str) -> Iterator[str]:
     with file.open("rb") as raw, gzip.open(raw, "rt", encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)["text"]
-
-
-def _file_texts(path: Path) -> Iterator[str]:
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    try:
-        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
-            if {".json", ".jsonl"} & set(path.suffixes):
-                yield from _json_texts(path, file)
-            else:
-                yield file.read()
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise InputError(f"{path}: the file cannot be read ({error}). Copy or compress it again.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: a corpus must be UTF-8 text, but byte {error.start} is not. Convert it first."
-        ) from error
-
-
-def _json_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: each line must be one JSON object ({error}).") from error
-        yield _row_text(row, f"{path}, line {number}")
-
-
-def _row_text(row: Any, place: str) -> str:
-    """The text of a row: a string, or an object with `text`, `content` or chat `messages`."""
-    if isinstance(row, str):
-        return row
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: a row must be a text or an object, but is {row!r}.")
-    for key in ("text", "content", "sentence"):
-        if isinstance(row.get(key), str):
-            return cast(str, row[key])
-    messages = row.get("messages")
-    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-        return "\n\n".join(str(message.get("content", "")) for message in messages)
-    raise InputError(f"{place}: a row must have `text`, `content`, `sentence` or `messages`, but has {sorted(row)}.")
-
-
-def _dataset_texts(name: str) -> Iterator[str]:
-    for number, row in enumerate(dataset_rows(name, split="train")):
-        yield _row_text(row, f"{name}, row {number}")
 
 
 def dataset_rows(name: str, split: str) -> Iterator[Any]:

@@ -134,7 +134,7 @@ def compress(
     _check_space(output, loaded, budget.keep_of(loaded, chosen) or 1.0, chosen)
     text = None
     if settings.needs_text(budget):
-        corpus = load_corpus(calibration)
+        corpus = load_corpus(calibration, tokenizer=tokenizer)
         length = length or default_length(loaded.config)
         text = read_text(loaded, tokenizer, corpus, settings, budget, sequences=sequences, length=length)
         say(f"Calibrating on {sequences} x {length} tokens of {corpus.name}.")

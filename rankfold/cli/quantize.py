@@ -66,7 +66,7 @@ def quantize(
             raise InputError(f"{model}: quantized already. Quantize the checkpoint from which it was made.")
         before = memory_bytes(loaded)
         windows, _, _ = calibration_windows(
-            loaded, tokenizer, load_corpus(calibration), sequences=sequences,
+            loaded, tokenizer, load_corpus(calibration, tokenizer=tokenizer), sequences=sequences,
             length=length or default_length(loaded.config), seed=seed,
         )  # fmt: skip
         _quantize_blocks(loaded, make_batches(loaded, windows, BATCH), grid)

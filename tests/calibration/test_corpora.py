@@ -54,6 +54,48 @@ def test_files_of_every_kind_give_the_same_texts(tmp_path: Path) -> None:
     assert load_corpus(tmp_path / "c.jsonl").texts == ("hi\n\nyes",)
 
 
+ROWS: list[tuple[object, str]] = [
+    ({"content": "hello"}, "hello"),
+    ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, "hi\n\nyes"),
+    ({"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n\n1 2\n\n3"),
+    ({"instruction": "Say hi.", "input": "", "output": "hi"}, "Say hi.\n\nhi"),
+    ({"prompt": "hi", "completion": "yes"}, "hi\n\nyes"),
+    ({"prompt": [{"role": "user", "content": "hi"}], "response": "yes"}, "hi\n\nyes"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "image"}]}]}, "hi"),
+    ("plain", "plain"),
+]
+
+
+@pytest.mark.parametrize(("row", "text"), ROWS)
+def test_rows_as_people_have_them(row: object, text: str, tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text(json.dumps(row))
+    (tmp_path / "array.json").write_text(json.dumps([row, row], indent=2))
+    # Windows begins its files with a byte order mark.
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row).encode())
+    assert load_corpus(tmp_path / "lines.jsonl").texts == load_corpus(tmp_path / "marked.jsonl").texts == (text,)
+    assert load_corpus(tmp_path / "array.json").texts == (text, text)
+
+
+def test_tables_are_read_by_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('id,text\n1,"one, with\na line"\n2,two\n')
+    (tmp_path / "a.tsv").write_text("prompt\tcompletion\nhi\tyes\n")
+    assert load_corpus(tmp_path / "a.csv").texts == ("one, with\na line", "two")
+    assert load_corpus(tmp_path / "a.tsv").texts == ("hi\n\nyes",)
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install 'rankfold[datasets]'")
+    datasets.Dataset.from_list([{"text": "one"}, {"text": "two"}]).to_parquet(tmp_path / "a.parquet")
+    assert load_corpus(tmp_path / "a.parquet").texts == ("one", "two")
+
+
+def test_conversations_go_through_the_chat_template(bundled: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(bundled)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[1][0]))
+    assert load_corpus(tmp_path / "a.jsonl", tokenizer=tokenizer).texts == ("<user>hi<assistant>yes",)
+    # One that refuses these messages leaves them as they are.
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    assert load_corpus(tmp_path / "a.jsonl", tokenizer=tokenizer).texts == ("hi\n\nyes",)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -62,9 +104,13 @@ def test_files_of_every_kind_give_the_same_texts(tmp_path: Path) -> None:
         ("empty.txt", b"", "must hold text, but this one is empty"),
         ("blank.jsonl", b'{"text": "  "}\n', "must hold text, but this one is empty"),
         ("broken.jsonl", b'{"text": "a"}\n{"text', "line 2: each line must be one JSON object"),
-        ("foreign.jsonl", b'{"question": "a"}\n', r"line 1: a row must have `text`.*\['question'\]"),
-        ("number.jsonl", b"5\n", "line 1: a row must be a text or an object, but is 5"),
-        ("chat.jsonl", b'{"messages": ["hi"]}\n', r"line 1: a row must have `text`.*messages"),
+        ("broken.json", b'[{"text": "a"}', "the JSON array cannot be read"),
+        ("foreign.jsonl", b'{"question": "a"}\n', r"line 1: a row must have text, content.*\['question'\]"),
+        ("foreign.csv", b"question,answer\na,b\n", r"line 2: a row must have text, content.*\['answer', 'question'\]"),
+        ("number.jsonl", b"5\n", "line 1: a row must be a text or an object with text.*but is '5'"),
+        ("chat.jsonl", b'{"messages": ["hi"]}\n', r"line 1: a row must have text.*messages"),
+        ("half.jsonl", b'{"text": "ok"}\n{"text": "a\\ud800"}\n', "line 2: text must be valid Unicode.*character 2"),
+        ("damaged.parquet", b"no parquet", "this is no Parquet file that can be read|needs an extra"),
         ("damaged.jsonl.gz", b"no gzip", "the file cannot be read .* Copy or compress it again"),
         ("damaged.jsonl.xz", b"no xz", "the file cannot be read .* Copy or compress it again"),
         ("binary.txt", b"\xff\xfe\x00\x01", "must be UTF-8 text, but byte 0 is not"),
