@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rankfold.errors import InputError
 
@@ -23,7 +24,7 @@ def shard_files(folder: Path) -> list[Path]:
         ValueError: If the folder holds no safetensors weights, or lacks a shard that its index names.
     """
     if (folder / INDEX).exists():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        names = _indexed_files(folder / INDEX)
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise InputError(
@@ -36,6 +37,22 @@ def shard_files(folder: Path) -> list[Path]:
         f"{folder}: a model folder must hold {SINGLE} or {INDEX}, but holds {_names(folder)}. "
         "Rankfold reads safetensors only; convert a pickled checkpoint with transformers' save_pretrained."
     )
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """The shards that an index names."""
+    try:
+        content = json.loads(index.read_text())
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{index}: the index cannot be read ({error}). Copy or download it again.") from error
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(f"{index}: an index must have a `weight_map` from weights to shards, but this one has none.")
+    names = sorted(set(places.values()))
+    outside = [name for name in names if Path(name).name != name or name in ("", ".", "..")]
+    if outside:
+        raise InputError(f"{index}: shards must lie beside their index, but it names {outside[:3]}.")
+    return names
 
 
 def _names(folder: Path) -> list[str]:
@@ -55,14 +72,24 @@ def check_shard(path: Path) -> None:
             raise InputError(f"{path}: no whole safetensors header in {size} bytes. Copy or download the file again.")
         try:
             header = json.loads(file.read(header_bytes))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{path}: the safetensors header cannot be read. Copy or download the file again."
             ) from error
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + header_bytes + max(ends, default=0)
+    expected = 8 + header_bytes + _end_of_data(path, header)
     if size != expected:
         raise InputError(f"{path}: must hold {expected} bytes but holds {size}: truncated or damaged. Copy it again.")
+
+
+def _end_of_data(path: Path, header: Any) -> int:
+    """Bytes of data that a header promises."""
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        return int(max(ends, default=0))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: the safetensors header does not say where its tensors lie. Copy or download the file again."
+        ) from error
 
 
 def check_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from rankfold.cost import fast_multiple, neighbouring_ranks, parameter_count, ra
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.measure import default_length
-from rankfold.pipeline import Budget, Settings, compress_within, nest_within, read_text
+from rankfold.pipeline import Budget, Settings, compress_within, nest_within, note, read_text
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
 from rankfold.summary import report_plan
@@ -124,7 +124,10 @@ def compress(
         method = next(iter({option.method for option in stored.factorized}), method)
         sites = [name for option in stored.options for name in option.sites]
     settings = Settings(method, allocation, form, max(1, multiple), refine, refine_toward, seed)
-    loaded = load_model(model, dtype=to_dtype(dtype), device=device)
+    loaded = load_model(model, dtype=to_dtype(dtype), device=device, dense=True)
+    origin = getattr(loaded, "few_bits", None)
+    if origin:
+        say(f"The weights come from few bits ({origin}) and were made dense: what those bits lost stays lost.")
     tokenizer = load_tokenizer(model) if settings.needs_text(budget) else tokenizer_if_any(model)
     chosen = find_sites(loaded).select(sites or ())
     if multiple == 0:
@@ -151,6 +154,8 @@ def compress(
             done = nest_within(loaded, chosen, settings, text, stage=stage)
         else:
             done = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
+    if origin:
+        done = note(loaded, done, {"origin": origin})
     save(loaded, tokenizer, output, source=model, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     report_plan(output, done, chosen, before, parameter_count(loaded), time.perf_counter() - start)

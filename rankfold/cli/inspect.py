@@ -29,7 +29,7 @@ def inspect(
     if plot:
         check_figure(plot)
     check_records(output)
-    loaded = load_model(model, dtype=to_dtype(dtype), device=device)
+    loaded = load_model(model, dtype=to_dtype(dtype), device=device, dense=True)
     chosen = find_sites(loaded).select(sites or ())
     with progress("spectra", len(chosen)) as advance:
         inspections = inspect_sites(loaded, chosen, advance)

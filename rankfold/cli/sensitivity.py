@@ -64,7 +64,7 @@ def sensitivity(
         check_figure(plot)
     if records.is_dir():
         raise InputError(f"{records}: records go to a file, but this is a folder. Name a file, such as study.jsonl.")
-    loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device), load_tokenizer(model)
+    loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device, dense=True), load_tokenizer(model)
     chosen = find_sites(loaded).select(sites or ())
     trials = sensitivity_trials(chosen, method=method, by=by, shares=share or SHARES)
     length = default_length(loaded.config)

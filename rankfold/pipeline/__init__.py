@@ -2,6 +2,6 @@
 
 from rankfold.pipeline.budget import Budget, parse_bytes
 from rankfold.pipeline.settings import Settings
-from rankfold.pipeline.within import Stage, Text, compress_within, nest_within, read_text
+from rankfold.pipeline.within import Stage, Text, compress_within, nest_within, note, read_text
 
-__all__ = ["Budget", "Settings", "Stage", "Text", "compress_within", "nest_within", "parse_bytes", "read_text"]
+__all__ = ["Budget", "Settings", "Stage", "Text", "compress_within", "nest_within", "note", "parse_bytes", "read_text"]

@@ -136,10 +136,10 @@ def compress_within(
         else:
             refine_blocks(model, batches, dense, **training)
         toward = "block" if teacher is None else "predictions"
-        plan = _note(model, plan, {"refine": settings.refine, "refine_toward": toward})
+        plan = note(model, plan, {"refine": settings.refine, "refine_toward": toward})
         if text is not None and text.held_out is not None and "measured_increase" in plan.calibration:
             rise = next_token_quality(model, text.held_out).loss - plan.calibration["dense_loss"]
-            plan = _note(model, plan, {"measured_increase": round(rise, 5)})
+            plan = note(model, plan, {"measured_increase": round(rise, 5)})
     return plan
 
 
@@ -282,12 +282,12 @@ def _search(
     if plan is None or tried != best:
         plan = attempt(best, f"keep {best:.3f}: ")
         rise = next_token_quality(model, text.held_out).loss - before
-    return _note(
+    return note(
         model, plan, {"max_loss_increase": limit, "measured_increase": round(rise, 5), "dense_loss": round(before, 5)}
     )
 
 
-def _note(model: Any, plan: Plan, facts: Mapping[str, Any]) -> Plan:
+def note(model: Any, plan: Plan, facts: Mapping[str, Any]) -> Plan:
     """The plan with more facts, which the model's configuration holds too, beside those of earlier compressions."""
     stored = dict(model.config.rankfold)
     model.config.rankfold = {**stored, "calibration": {**stored["calibration"], **facts}}
