@@ -95,7 +95,7 @@ SECONDS_BETWEEN_LINES = 30.0
 def duration(seconds: float) -> str:
     """Seconds as people say them.
 
-    >>> duration(42), duration(150), duration(7500)
+    >>> duration(42.0), duration(170.0), duration(7500.0)
     ('42 s', '3 min', '2.1 h')
     """
     return (

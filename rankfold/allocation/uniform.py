@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rankfold.allocation.ranks import BudgetError, dense_option, groups, option_at, rank_within, round_rank
-from rankfold.errors import InputError
 from rankfold.plan import DENSE, Option
 from rankfold.sites import Site
 
@@ -27,14 +26,14 @@ def uniform(
         Options in the order of the sites; one whose matrix is too small for the budget stays dense, with a note.
 
     Raises:
-        ValueError: If that holds for all of them.
+        ValueError: If that holds for all of them, or `rank` is past a site's limit.
     """
     options: list[Option] = []
-    problem: InputError | None = None
+    problem: BudgetError | None = None
     for group in groups(sites):
         try:
             options.append(_option(group, form, keep, rank, multiple, adds_bias))
-        except InputError as error:
+        except BudgetError as error:
             problem = problem or error
             options.append(dense_option(group, "too small for any rank within this budget"))
     if problem is not None and all(option.form == DENSE for option in options):

@@ -139,8 +139,11 @@ def calibrate_blocks(
     observers = {block: _Observer(group, loss is not None, tokens) for block, group in by_block.items()}
     outer = observers.pop(None, _Observer([], loss is not None, tokens))
     visits = {block: max(site.calls for site in group) for block, group in by_block.items()}
-    with _frozen(model), outer.watching(model):
-        if loss is not None and not is_chain(model, batches[0]):
+    with _frozen(model), ExitStack() as stack:
+        chain = loss is None or is_chain(model, batches[0])
+        # After the trial, which must not be measured.
+        stack.enter_context(outer.watching(model))
+        if loss is not None and not chain:
             # Not one chain of blocks: the graph is built whole, one batch at a time.
             _backpropagate(model, [*observers.values()], batches, loss, on_batch)
             visits = {}

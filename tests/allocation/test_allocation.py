@@ -137,3 +137,13 @@ def test_the_published_starcoder_sizes_come_out(rank: int, billions: float) -> N
     plan = allocate(downs, rank=rank, method="svd", allocation="parity")
     saved = sum(s.parameters for s in downs) - plan.parameters
     assert (15.517e9 - saved) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+def test_a_matrix_too_small_for_any_rank_stays_dense_with_its_reason() -> None:
+    """Gemma 3n has one of 2 x 2 in every block."""
+    sites = [Site("big", 64, 64, False, 4, None, "big", "big"), Site("tiny", 2, 2, False, 4, None, "tiny", "tiny")]
+    big, tiny = allocate(sites, keep=0.5, method="svd").options
+    assert (big.form, tiny.form) == ("low_rank", "dense")
+    assert "too small for any rank" in tiny.note
+    with pytest.raises(ValueError, match="leaves no room for rank 1"):
+        allocate(sites[1:], keep=0.5, method="svd")

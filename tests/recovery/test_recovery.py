@@ -235,7 +235,7 @@ def test_a_missing_or_foreign_teacher_is_an_error(tmp_path: Path) -> None:
         recover(model, None, windows(4), windows(4), work=tmp_path)
     with pytest.raises(ValueError, match="must be `kl` or `next-token`, but got 'mse'"):
         recover(model, teacher, windows(4), windows(4), work=tmp_path, objective="mse")
-    teacher.config.vocab_size = 7
+    teacher.resize_token_embeddings(7)
     with pytest.raises(ValueError, match="must share a vocabulary, but have 7 and 128"):
         recover(model, teacher, windows(4), windows(4), work=tmp_path)
 
