@@ -110,9 +110,9 @@ def _shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
     bands = {
         int(value)
         for config in configs
-        for key in ("num_mel_bins", "input_feat_per_channel", "n_mels", "feature_size", "num_mel_features")
+        for key in ("num_mel_bins", "input_feat_per_channel", "n_mels", "feature_projection_input_dim", "d_model")
         if isinstance(value := getattr(config, key, None), int)
-    } or {80}
+    } | {80}
     frames = 2 * int(getattr(model.config, "max_source_positions", 128))
     for band in bands:
         yield from ((1, band, frames), (1, 64, band), (1, frames, band), (1, band, 64))
