@@ -378,6 +378,9 @@ def test_inspect_prints_and_draws(tmp_path: Path) -> None:
         (["measure", MODEL, "--windows", "1", "--prompt", "250"], "reads at most 256 tokens"),
         (["measure", MODEL, "--output", "FULL"], "records go to a file, but this is a folder"),
         (["measure", MODEL, "--labels", "BROKEN"], "line 1: each line must be one JSON object"),
+        (["measure", MODEL, "--labels", "LABELS", "--no-latency"], "labelled rows are for sequence classifiers"),
+        (["measure", MODEL, "--text", "HALF"], "text must be valid Unicode"),
+        (["compress", MODEL, "OUT", "--device", "abacus"], "A device must be auto, cpu, cuda"),
         (["inspect", MODEL, "--plot", "OUT/x.png"], "does not exist. Make it first"),
         (["inspect", MODEL, "--plot", "x.jpg"], "must be named .png, .svg or .pdf"),
         (["measure", MODEL, "--text", "EMPTY"], "must hold text"),
@@ -395,6 +398,9 @@ def test_bad_input_is_one_message_and_exit_code_two(arguments: list[str], messag
     }
     places |= {"BROKEN": tmp_path / "b.jsonl", "OUT/x.png": tmp_path / "out" / "x.png"}
     places["BROKEN"].write_text("{")
+    places |= {"LABELS": tmp_path / "l.jsonl", "HALF": tmp_path / "h.jsonl"}
+    places["LABELS"].write_text('{"text": "a", "label": 1}')
+    places["HALF"].write_text('{"text": "a\\ud800"}')
     places["FULL"].mkdir()
     (places["FULL"] / "precious").write_text("x")
     places["EMPTY"].write_text("")
@@ -403,7 +409,14 @@ def test_bad_input_is_one_message_and_exit_code_two(arguments: list[str], messag
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.jsonl", "e.txt", "full", "s.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "b.jsonl",
+        "e.txt",
+        "full",
+        "h.jsonl",
+        "l.jsonl",
+        "s.txt",
+    ]
 
 
 def test_a_model_without_a_tokenizer_is_compressed_without_data_and_exported(tmp_path: Path) -> None:

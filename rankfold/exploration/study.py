@@ -97,7 +97,7 @@ def open_study(url: str, name: str, facts: Mapping[str, Any], objectives: Sequen
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
-    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+    from sqlalchemy.exc import ArgumentError, DatabaseError, NoSuchModuleError, OperationalError
 
     # PostgreSQL's driver is the one of the extra; a busy SQLite file is waited for.
     address = url.replace("postgresql://", "postgresql+psycopg://", 1).replace(
@@ -122,6 +122,11 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
         raise InputError(
             f"{shown(url)}: the database cannot be reached ({str(error.orig).strip().splitlines()[0]}). Start it, or "
             "correct the address."
+        ) from error
+    except DatabaseError as error:
+        raise InputError(
+            f"{shown(url)}: this is no database ({str(error.orig).strip().splitlines()[0]}). Name a file that rankfold "
+            "explore made, or one that is not there yet."
         ) from error
 
 

@@ -131,8 +131,29 @@ def check_file(file: Path, benchmark: Benchmark) -> None:
                 )
             if not isinstance(row[field], kind):
                 raise InputError(f"{file}, line {number}: {field} must be a {kind}, but is {row[field]!r}.")
+        _check_answer(row, f"{file}, line {number}")
     if not count:
         raise InputError(f"{file}: a benchmark needs at least one row, but this file has none.")
+
+
+def _check_answer(row: Mapping[str, Any], place: str) -> None:
+    """Whether the answer is one of those to choose from, wherever the row has it."""
+    choices = row.get("choices")
+    if isinstance(row.get("endings"), list):
+        key, allowed = "label", [str(index) for index in range(len(row["endings"]))]
+    elif "option1" in row:
+        key, allowed = "answer", ["1", "2"]
+    elif isinstance(choices, dict):
+        key, allowed = "answerKey", [str(label) for label in choices.get("label", ())]
+    elif isinstance(choices, list):
+        key, allowed = "answer", [str(index) for index in range(len(choices))]
+    else:
+        return
+    if key in row and str(row[key]) not in allowed:
+        told = (
+            "has no answer: test sets of this benchmark carry none, take its validation set" if row[key] == "" else ""
+        )
+        raise InputError(f"{place}: {key} must be one of {', '.join(allowed)}, but {told or f'is {row[key]!r}'}.")
 
 
 def json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

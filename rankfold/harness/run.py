@@ -73,7 +73,7 @@ def ask(  # noqa: PLR0913
         if unknown:
             raise InputError(f"A benchmark must be a task of lm-evaluation-harness, but got {unknown[0]!r}.")
         for model_name, model in models.items():
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with _asking(name), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 result: Any = lm_eval.simple_evaluate(
                     model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
                     tasks=list(tasks),
@@ -86,6 +86,30 @@ def ask(  # noqa: PLR0913
             answers[model_name] = _answers(result, name, lm_eval.__version__)
             on_model()
     return answers
+
+
+@contextlib.contextmanager
+def _asking(name: str) -> Iterator[None]:
+    """What the harness makes of questions that cannot be asked, in words that say what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(
+            f"{name}: its data set cannot be reached ({_first_line(error)}). Give local files with --data-dir, which "
+            "rankfold convert-data makes, or go online."
+        ) from error
+    except (ValueError, KeyError, IndexError, AssertionError, TypeError) as error:
+        raise InputError(
+            f"{name}: the harness cannot ask these questions ({type(error).__name__}: {_first_line(error)}). "
+            "There must be more examples than --shots, an answer to each question among its choices, and room for the "
+            "longest answer in what the model reads at once; --debug shows the trace."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 @contextlib.contextmanager

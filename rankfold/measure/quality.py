@@ -144,6 +144,12 @@ def measure_accuracy(
 ) -> list[Record]:
     """Accuracy of every classifier on the labelled rows of a file."""
     labelled = load_labelled(path)
+    for name, model in models.items():
+        if "SequenceClassification" not in type(model).__name__:
+            raise InputError(
+                f"{name}: labelled rows are for sequence classifiers, but this is a {type(model).__name__}. Measure a "
+                "language model on text: leave --labels out."
+            )
     records = []
     for name, model in models.items():
         accuracy = classification_accuracy(model, tokenizer, labelled)

@@ -55,8 +55,12 @@ def load_labelled(path: str | Path) -> Labelled:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 raise InputError(f"{file}, line {number}: each line must be one JSON object ({error}).") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{file}: each row must be an object with `sentence` or `text` and an integer `label`.")
     texts = [row.get("sentence", row.get("text")) for row in rows]
     labels = [row.get("label") for row in rows]
+    if any("\ud800" <= character <= "\udfff" for text in texts if isinstance(text, str) for character in text):
+        raise InputError(f"{file}: text must be valid Unicode, but a row holds half of a surrogate pair.")
     if not rows or not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int) for n in labels):
         raise InputError(f"{file}: each row must hold `sentence` or `text` and an integer `label`.")
     return Labelled(texts, labels)

@@ -156,6 +156,9 @@ def test_bad_studies_say_what_to_do(bundled: Path, tmp_path: Path, explored: Any
     assert "secret" not in str(caught.value)
     with pytest.raises(ValueError, match=r"a study lies in a database such as sqlite:///study\.db"):
         open_study("study.db", "s", facts, ["quality"])
+    (tmp_path / "text.db").write_text("no database " * 100)
+    with pytest.raises(ValueError, match=r"this is no database .*Name a file that rankfold explore made"):
+        open_study(f"sqlite:///{tmp_path}/text.db", "s", facts, ["quality"])
     with pytest.raises(ValueError, match="different objectives of quality"):
         open_study(sqlite(tmp_path), "s", facts, ["speed"])
     open_study(sqlite(tmp_path), "s", facts, ["quality"])

@@ -280,3 +280,40 @@ def test_official_names_of_files_are_recognized(tmp_path: Path) -> None:
     (tmp_path / "winogrande_1.1" / "dev.jsonl").write_text(json.dumps({**asked, "answer": "1"}) + "\n")
     (tmp_path / "winogrande_1.1" / "test.jsonl").write_text(json.dumps(asked) + "\n")
     assert convert_data(tmp_path, tmp_path / "out") == {"hellaswag.validation": 1, "winogrande.validation": 1}
+
+
+HELLASWAG = {"ctx_a": "A", "ctx_b": "b", "activity_label": "x", "endings": ["a", "b"], "label": "0"}
+WINOGRANDE = {"sentence": "A _ b.", "option1": "x", "option2": "y", "answer": "1"}
+ARC = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "A"}
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "row", "message"),
+    [
+        ("hellaswag", "validation", {**HELLASWAG, "label": ""}, "label must be one of 0, 1, but has no answer"),
+        ("hellaswag", "validation", {**HELLASWAG, "label": "2"}, "label must be one of 0, 1, but is '2'"),
+        ("winogrande", "validation", {**WINOGRANDE, "answer": ""}, "answer must be one of 1, 2, but has no answer"),
+        ("arc_easy", "test", {**ARC, "answerKey": "C"}, "answerKey must be one of A, B, but is 'C'"),
+    ],
+)
+def test_answers_are_among_the_choices(
+    name: str, split: str, row: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"{name}.{split}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=f"line 1: {message}"):
+        local_files(name, tmp_path)
+
+
+def test_more_examples_than_there_are_is_one_message(bundled: Path, tmp_path: Path) -> None:
+    (tmp_path / "arc_easy.test.jsonl").write_text(json.dumps({**ARC, "id": "1"}))
+    (tmp_path / "arc_easy.train.jsonl").write_text(json.dumps({**ARC, "id": "2"}))
+    models = {"model": load_model(bundled)}
+    with pytest.raises(
+        ValueError, match="arc_easy: the harness cannot ask these questions.*more examples than --shots"
+    ):
+        ask(models, load_tokenizer(bundled), "arc_easy", folder=tmp_path, shots=9)
+
+
+def test_a_hub_out_of_reach_is_one_message(bundled: Path) -> None:
+    with pytest.raises(ValueError, match="arc_easy: (its data set cannot be reached|the harness cannot ask)"):
+        ask({"model": load_model(bundled)}, load_tokenizer(bundled), "arc_easy", limit=1)

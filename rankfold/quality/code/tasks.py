@@ -101,9 +101,13 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parsed(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
-    except ValueError as error:
+        row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: text must be valid Unicode, but holds half of a surrogate pair.") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: every line must be a JSON object, but this one is not ({error}).") from error
+    return row
 
 
 def _task(row: Any, where: str) -> Task:
