@@ -143,10 +143,11 @@ def check_records(output: Path | None) -> None:
 
 
 def write_records(records: Iterable[Record], output: Path | None) -> None:
-    """Records as JSON lines, to a file or to stdout."""
+    """Records as JSON lines, to a file, or to stdout where a program reads it: people have the table."""
     lines = "".join(record.to_json() + "\n" for record in records)
     if output is None:
-        sys.stdout.write(lines)
+        if not sys.stdout.isatty():
+            sys.stdout.write(lines)
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(lines)

@@ -25,7 +25,9 @@ Device = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Records = Annotated[Path | None, typer.Option("--output", help="File for the records (default: stdout).")]
+Records = Annotated[
+    Path | None, typer.Option("--output", help="File for the records (default: stdout, where it is piped).")
+]
 SiteNames = Annotated[
     list[str] | None,
     typer.Option(

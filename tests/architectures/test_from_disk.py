@@ -11,11 +11,12 @@ import pytest
 import tiny
 import torch
 import transformers
-from tiny_models import pairs, tiny_model
+from test_cli import run
+from tiny_models import pairs, tiny_config, tiny_model
 from transformers import AutoConfig
 
 from rankfold import allocate, compress, find_sites
-from rankfold.checkpoint import export_dense, load_model, save
+from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
 from rankfold.errors import InputError
 from rankfold.quantization import Grid, quantize_blocks
 from rankfold.written import check_written
@@ -149,3 +150,26 @@ def test_small_files_travel_along_and_the_card_says_so(tmp_path: Path) -> None:
     assert "> This checkpoint was compressed with rankfold" in card
     assert json.loads((out / "config.json").read_text())["model_type"] == "rankfold-llama"
     assert AutoConfig.from_pretrained(out).model_type == "rankfold-llama"
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "llava"])
+def test_a_model_that_sees_is_compressed_and_measured_by_command(
+    model_type: str, bundled: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(bundled)
+    config = tiny_config(model_type)
+    config.get_text_config().vocab_size = len(tokenizer)
+    source = tmp_path / "source"
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    (source / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
+    (source / "processor_config.json").write_text("{}")
+    out, dense = str(tmp_path / "out"), str(tmp_path / "dense")
+    run("compress", str(source), out, "--keep", "0.6", "--sequences", "4", "--length", "32")
+    assert {"preprocessor_config.json", "processor_config.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    text = ("--text", "bundled:python-held-out", "--windows", "2", "--length", "32")
+    done = run("measure", out, "--dense", str(source), *text, "--prompt", "8")
+    assert '"perplexity"' in done.stdout
+    run("export", out, dense, "--dense")
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(dense)
+    assert type(loaded).__name__.removesuffix("ForConditionalGeneration").lower() == model_type
