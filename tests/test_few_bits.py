@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rankfold import allocate, compress, find_sites
@@ -100,3 +102,31 @@ def test_a_gguf_file_is_read_through_transformers(tmp_path: Path) -> None:
         load_model(tmp_path / "cut.gguf")
     with pytest.raises(InputError, match="tokenizer|cannot load|needs a library"):
         load_tokenizer(tmp_path / "model.gguf")
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 asks for a GPU to read FP8")
+def test_fp8_becomes_dense_while_it_is_loaded(tmp_path: Path) -> None:
+    """Blocks of 128 x 128 with a scale each, as DeepSeek V3 stores them."""
+    model = llama()
+    model.save_pretrained(tmp_path / "few")
+    state = {}
+    for name, part in load_file(tmp_path / "few" / "model.safetensors").items():
+        state[name] = part
+        if name.endswith("_proj.weight"):
+            blocks = part.reshape(part.shape[0] // 128, 128, part.shape[1] // 128, 128)
+            scale = blocks.abs().amax((1, 3)) / 448
+            state[name] = (blocks / scale[:, None, :, None]).reshape(part.shape).to(torch.float8_e4m3fn)
+            state[f"{name}_scale_inv"] = scale
+    save_file(state, tmp_path / "few" / "model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    file = tmp_path / "few" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": settings}))
+    loaded = load_model(tmp_path / "few", dtype=torch.float32, dense=True)
+    assert loaded.few_bits == "fp8"
+    with torch.no_grad():
+        expected, found = model(IDS).logits, loaded(IDS).logits
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+    compress(loaded, allocate(find_sites(loaded).select(), keep=0.6, method="svd"))
+    save(loaded, None, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path / "out")(IDS).logits, loaded(IDS).logits)
