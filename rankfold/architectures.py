@@ -185,8 +185,7 @@ def _pattern_with(stock: type[Any], config: PretrainedConfig, biases: set[str]) 
         elif flag is not None:
             continue
         plain = stock_class(type(config))(**{**settings, **changes})
-        with torch.device("meta"):
-            pattern = stock(plain)
+        pattern = _empty(stock, plain)
         missing = {name for name in biases if "experts" in name} | (biases - dict(pattern.named_parameters()).keys())
         if not missing:
             return plain, pattern
@@ -194,6 +193,16 @@ def _pattern_with(stock: type[Any], config: PretrainedConfig, biases: set[str]) 
         f"A dense {stock.__name__} has no place for the biases that were added, for example {sorted(missing)[0]}. "
         "Keep the factorized checkpoint, or compress with a method that adds none, such as whitened."
     )
+
+
+def _empty(stock: type[Any], config: PretrainedConfig) -> nn.Module:
+    """A model without weights, or with random ones where it reads numbers while it is made."""
+    try:
+        with torch.device("meta"):
+            model: nn.Module = stock(config)
+    except (NotImplementedError, RuntimeError):
+        model = stock(config)
+    return model
 
 
 def _add_zero_biases(model: nn.Module, pattern: nn.Module) -> None:
