@@ -20,7 +20,7 @@ from rankfold.few_bits import loading_settings, made_dense, scheme_of
 from rankfold.modules import keep_storage, restore_storage
 from rankfold.registration import PREFIX
 from rankfold.shards import check_folder, whole_folder
-from rankfold.written import check_written, copy_small_files
+from rankfold.written import check_adapters, check_written, copy_small_files
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -156,6 +156,7 @@ def save_adapters(
     adapted.peft_config["default"].base_model_name_or_path = str(place)
     with _written(target, overwrite) as partial:
         adapted.save_pretrained(partial)
+        check_adapters(adapted, partial, target)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
     return target

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rankfold.architectures import auto_class_for
@@ -96,6 +97,22 @@ def check_written(model: Any, folder: Path, target: Path | None = None) -> None:
             f"{target or folder}: what was written loads as another model ({problem}). Nothing was left there. "
             f"Report this: {type(model).__name__} cannot be written yet."
         )
+
+
+def check_adapters(adapted: Any, folder: Path, target: Path) -> None:
+    """Read written adapters back and compare them with those of the model.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    from peft import get_peft_model_state_dict
+
+    stored = load_file(folder / "adapter_model.safetensors")
+    expected = get_peft_model_state_dict(adapted)
+    wrong = sorted(stored.keys() ^ expected.keys())
+    wrong = wrong or [name for name, part in expected.items() if not _equal(part.cpu(), stored[name])]
+    if wrong:
+        raise InputError(f"{target}: the adapters that were written are others ({wrong[0]}). Nothing was left there.")
 
 
 def _load(model: Any, folder: Path) -> tuple[Any, Any]:
