@@ -39,6 +39,7 @@ from rankfold.measure import (
 )
 from rankfold.record import Record
 from rankfold.recovery import is_quantized
+from rankfold.sites import listens
 from rankfold.terminal import check_records, print_table, progress, say, write_records
 
 DECODED_TOKENS = 8
@@ -115,9 +116,12 @@ def _quality(
         for name in texts:
             records += measure_score(models, tokenizer, name, length=length, windows=windows, context=circumstances())
         return records
-    if not is_decoder(models.values()):
+    hearing = all(listens(measured) for measured in models.values())
+    if not hearing and not is_decoder(models.values()):
         say("Quality not measured: perplexity is for decoders; give a classifier labelled rows with --labels.")
         return records
+    if hearing:
+        say("These models listen: their decoders are scored on text alone, after silence.")
     seen = calibration_texts(models)
     for corpus in map(load_corpus, texts):
         shared = None if seen is None else overlap(seen, corpus.texts)
@@ -127,7 +131,8 @@ def _quality(
         context = circumstances(data=corpus.name, sha256=corpus.sha256, overlap_with_calibration=shared)
         with progress(f"windows of {corpus.name}", len(models) * -(-len(tokens) // 8)) as advance:
             records += measure_quality(models, tokens, context, advance)
-        records += measure_repetition(models, tokenizer, corpus.texts, context)
+        if not hearing:
+            records += measure_repetition(models, tokenizer, corpus.texts, context)
     return records
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from rankfold.sites import text_arguments
+
 NOISY_SPREAD = 1.5
 """Quartiles further apart than this factor mark a run as contended."""
 
@@ -85,7 +87,7 @@ def one_round(model: Any, prompt_tokens: int, decoded_tokens: int, batch_size: i
     ids = torch.arange(batch_size * prompt_tokens, device=device).reshape(batch_size, -1) % 100 + 3
     generates = model.can_generate() and not model.config.is_encoder_decoder
     options = {"use_cache": True} if generates else {}
-    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    inputs = text_arguments(model, ids)
     start = now(device)
     output = model(**inputs, **options)
     prefill = now(device) - start

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rankfold.cost.latency import cache_of
 from rankfold.modules import JointLinear, SharedFactors, SpQRLinear
 from rankfold.shards import shard_files
+from rankfold.sites import text_arguments
 
 
 def parameter_count(model: Any) -> int:
@@ -79,7 +80,7 @@ def peak_bytes(model: Any, tokens: int, batch_size: int = 1) -> tuple[int | None
     """
     device = next(model.parameters()).device
     ids = torch.full((batch_size, tokens), 3, device=device)
-    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    inputs = text_arguments(model, ids)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

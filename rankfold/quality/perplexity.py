@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.errors import InputError
+from rankfold.sites import listens, text_arguments
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def next_token_quality(
 ) -> Quality:
     """Quality of a causal language model on windows of tokens, the first token of each unscored.
 
+    A decoder that listens is scored on text alone, after silence.
+
     Args:
         model: The model to measure.
         windows: Token ids, each window on its own.
@@ -94,7 +97,8 @@ def next_token_quality(
 
 def _logits(model: Any, ids: Int[Tensor, "batch length"], number: int) -> Float[Tensor, "batch scored vocabulary"]:
     """Logits for every token but the first of each window, in float32."""
-    logits: Tensor = model(input_ids=ids).logits[:, :-1].float()
+    read = text_arguments(model, ids) if listens(model) else {"input_ids": ids}
+    logits: Tensor = model(**read).logits[:, :-1].float()
     if not bool(torch.isfinite(logits).all()):
         raise InputError(
             f"Logits must be finite, but batch {number} of the evaluation gives NaN or infinity. Load a float16 model "

@@ -3,7 +3,14 @@
 from rankfold.sites.find import block_paths, find_sites
 from rankfold.sites.fused import fused_parts
 from rankfold.sites.site import Part, Site, Sites, Skipped
-from rankfold.sites.text_inputs import example_ids, has_other_inputs, text_arguments, text_config, vocabulary_size
+from rankfold.sites.text_inputs import (
+    example_ids,
+    has_other_inputs,
+    listens,
+    text_arguments,
+    text_config,
+    vocabulary_size,
+)
 
 __all__ = [
     "Part",
@@ -15,6 +22,7 @@ __all__ = [
     "find_sites",
     "fused_parts",
     "has_other_inputs",
+    "listens",
     "text_arguments",
     "text_config",
     "vocabulary_size",

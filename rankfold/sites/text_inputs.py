@@ -25,10 +25,11 @@ def text_config(model: Any) -> Any:
 def has_other_inputs(model: Any) -> bool:
     """Whether a model reads images or sound beside text."""
     parts = ("vision_config", "audio_config", "speech_config", "encoder_config", "vision_tower_config")
-    return text_config(model) is not model.config or _audio(model) or any(hasattr(model.config, p) for p in parts)
+    return text_config(model) is not model.config or listens(model) or any(hasattr(model.config, p) for p in parts)
 
 
-def _audio(model: Any) -> bool:
+def listens(model: Any) -> bool:
+    """Whether a model's encoder hears sound and its decoder writes text."""
     parameters = inspect.signature(model.forward).parameters
     return model.config.is_encoder_decoder and any(name in parameters for name in _AUDIO)
 
@@ -49,7 +50,7 @@ def text_arguments(model: Any, ids: Int[Tensor, "batch length"]) -> dict[str, Te
     """
     if not model.config.is_encoder_decoder:
         return {"input_ids": ids}
-    if not _audio(model):
+    if not listens(model):
         return {"input_ids": ids, "decoder_input_ids": ids}
     name = next(name for name in _AUDIO if name in inspect.signature(model.forward).parameters)
     sound = _silence(model, name)

@@ -152,15 +152,22 @@ def test_small_files_travel_along_and_the_card_says_so(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(out).model_type == "rankfold-llama"
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "llava"])
-def test_a_model_that_sees_is_compressed_and_measured_by_command(
-    model_type: str, bundled: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("model_type", "auto"),
+    [
+        ("gemma3", transformers.AutoModelForImageTextToText),
+        ("llava", transformers.AutoModelForImageTextToText),
+        ("whisper", transformers.AutoModelForSpeechSeq2Seq),
+    ],
+)
+def test_a_model_that_sees_or_listens_is_compressed_and_measured_by_command(
+    model_type: str, auto: Any, bundled: Path, tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(bundled)
     config = tiny_config(model_type)
     config.get_text_config().vocab_size = len(tokenizer)
     source = tmp_path / "source"
-    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(source)
+    auto.from_config(config).save_pretrained(source)
     tokenizer.save_pretrained(source)
     (source / "preprocessor_config.json").write_text('{"image_processor_type": "CLIPImageProcessor"}')
     (source / "processor_config.json").write_text("{}")
@@ -171,5 +178,5 @@ def test_a_model_that_sees_is_compressed_and_measured_by_command(
     done = run("measure", out, "--dense", str(source), *text, "--prompt", "8")
     assert '"perplexity"' in done.stdout
     run("export", out, dense, "--dense")
-    loaded = transformers.AutoModelForImageTextToText.from_pretrained(dense)
+    loaded = auto.from_pretrained(dense)
     assert type(loaded).__name__.removesuffix("ForConditionalGeneration").lower() == model_type
