@@ -152,8 +152,9 @@ def walk_blocks_back(
 
 def first_tensor(output: Any) -> Tensor:
     """The hidden states in what a block returns, alone or before other things."""
-    hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-    return hidden
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
 
 
 def is_chain(model: Any, batch: Mapping[str, Tensor]) -> bool:
