@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Any:
-    """A tiny model with weights large enough that errors show."""
+    """A tiny model with weights large enough that errors show, loaded from a folder as users' models are."""
     class_name, model_type, settings = ARCHITECTURES[name]
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
@@ -119,6 +120,11 @@ def build(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", se
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
                 elif not bool((parameter == 1).all()):
                     parameter.normal_(std=0.1)
+    if device != "meta":
+        # transformers renames and merges weights while it loads: what it does then must not be missed here.
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = type(model).from_pretrained(folder)
     if dtype == torch.float64:
         model.config._experts_implementation = "eager"  # the grouped kernels refuse it
     return model.to(dtype).eval()
