@@ -169,7 +169,12 @@ def _inputs_of(model: Any, linears: Mapping[str, nn.Module], seed: int) -> dict[
     read: dict[str, list[Tensor]] = {}
 
     def hook_for(name: str) -> Any:
-        return lambda _, args: read.setdefault(name, []).append(args[0].detach().flatten()[:4096].clone())
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            numbers = args[0].detach().flatten()
+            # From all tokens: the first alone may be the same in both texts.
+            read.setdefault(name, []).append(numbers[:: max(1, len(numbers) // 4096)].clone())
+
+        return hook
 
     with ExitStack() as stack, torch.no_grad():
         for name, module in linears.items():

@@ -15,7 +15,7 @@ from test_cli import run
 from tiny_models import pairs, tiny_config, tiny_model
 from transformers import AutoConfig
 
-from rankfold import allocate, compress, find_sites
+from rankfold import allocate, compress, find_sites, written
 from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
 from rankfold.errors import InputError
 from rankfold.quantization import Grid, quantize_blocks
@@ -183,3 +183,21 @@ def test_a_model_that_sees_or_listens_is_compressed_and_measured_by_command(
     run("export", out, dense, "--dense")
     loaded = auto.from_pretrained(dense)
     assert type(loaded).__name__.removesuffix("ForConditionalGeneration").lower() == model_type
+
+
+def test_a_checkpoint_that_loads_and_does_not_run_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny.build("llama")
+    save(model, None, tmp_path / "out")
+    load = written._load
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(written, "_load", lambda *arguments: _with_hook(load(*arguments), fails))
+    with pytest.raises(InputError, match="does not run any more: RuntimeError: no kernel for this"):
+        check_written(model, tmp_path / "out")
+
+
+def _with_hook(loaded: tuple[Any, Any], hook: Any) -> tuple[Any, Any]:
+    loaded[0].lm_head.register_forward_pre_hook(hook)
+    return loaded
