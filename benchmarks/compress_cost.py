@@ -25,9 +25,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rankfold import Record
 from rankfold.calibration import load_corpus, random_windows, token_stream
-from rankfold.measure import circumstances
+from rankfold.circumstances import circumstances
 
 ROOT = Path(__file__).parent.parent
 SEQUENCES, LENGTH, KEEP = 8, 512, 0.8
@@ -116,15 +115,16 @@ def compare(pairs: int, output: Path) -> None:
             for name, command in (("rankfold", ours), ("naive", theirs)):
                 runs[name].append(timed(command))
                 print(f"{name}: {runs[name][-1][0]:.1f} s, {runs[name][-1][1] / 2**20:,.0f} MiB", flush=True)
-    context = circumstances(parameters=304_000_000, sequences=SEQUENCES, length=LENGTH, keep=KEEP, seed=0, threads=1)
+    settings = {"parameters": 304_000_000, "sequences": SEQUENCES, "length": LENGTH, "keep": KEEP, "threads": 1}
+    here = circumstances("random Llama, 304 M", data="bundled:calibration", seed=0, **settings)
     records = []
     for index, (quantity, unit) in enumerate((("time", "second"), ("peak_memory", "byte"))):
         medians = {name: statistics.median(run[index] for run in values) for name, values in runs.items()}
         for name, values in runs.items():
-            details = {**context, "runs": [run[index] for run in values]}
-            records.append(Record(subject=name, name=quantity, value=medians[name], unit=unit, context=details))
+            every = [run[index] for run in values]
+            records.append(here.record(name, quantity, medians[name], unit, runs=every))
         ratio = medians["naive"] / medians["rankfold"]
-        records.append(Record(subject="naive / rankfold", name=quantity, value=ratio, unit="1", context=context))
+        records.append(here.record("naive / rankfold", quantity, ratio))
         print(f"{quantity}: naive / rankfold = {ratio:.2f}")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(record.to_json() + "\n" for record in records))
@@ -140,7 +140,7 @@ def main() -> None:
     if arguments.naive:
         naive(*arguments.naive)
         return
-    print(json.dumps(circumstances()))
+    print(json.dumps(circumstances().facts))
     compare(arguments.pairs, arguments.output)
 
 

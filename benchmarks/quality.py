@@ -16,6 +16,7 @@ import copy
 import gzip
 import itertools
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,14 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import BertForSequenceClassification
 
-from rankfold import Record, allocate, calibrate, compress, compress_blocks, find_sites
+sys.path.append(str(Path(__file__).parent.parent / "experiments"))
+from results import Results, quiet
+
+from rankfold import allocate, calibrate, compress, find_sites
 from rankfold.calibration import (
+    Corpus,
     load_corpus,
     make_batches,
     overlap,
@@ -43,10 +47,10 @@ from rankfold.calibration import (
     token_stream,
 )
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compression import compress_in_rounds, matrix_of, predicted_losses
-from rankfold.factorization import METHODS, SiteMoments, truncated_svd
-from rankfold.measure import circumstances, evaluation_windows
-from rankfold.modules import linear_at
+from rankfold.circumstances import Circumstances, circumstances
+from rankfold.factorization import SiteMoments, truncated_svd
+from rankfold.measurement import evaluation_windows
+from rankfold.modules import linear_at, matrix_of
 from rankfold.plan import Plan
 from rankfold.quality import classification_accuracy, next_token_quality
 from rankfold.quality.classification import Labelled
@@ -77,7 +81,7 @@ class Subject:
     count: int
     score: Score
     labels: str
-    context: dict[str, Any]
+    here: Circumstances
 
     def batches(self, model: Any, seed: int, count: int | None = None) -> list[dict[str, Tensor]]:
         """Calibration batches of a seed."""
@@ -87,43 +91,14 @@ class Subject:
 # --- one-shot methods ------------------------------------------------------------------------------------------------
 
 
-def one_shot(method: str, allocation: str = "uniform", form: str | None = None) -> Callable[..., float]:
-    """A method of rankfold in one pass over the dense model."""
+def ours(count: int | None = None, **choices: Any) -> Callable[..., float]:
+    """`rankfold.compress`, as users call it, with some choices of its own or with its defaults."""
 
     def run(subject: Subject, model: Any, keep: float, seed: int) -> float:
-        sites, batches = find_sites(model).select(), subject.batches(model, seed)
-        loss = None
-        if METHODS[method].needs_gradients or allocation == "knapsack":
-            loss = summed_loss(model, subject.labels, seed)
-        if loss is None:
-            plan = allocate(sites, keep=keep, method=method, allocation=allocation, form=form)
-            plan = compress_blocks(model, plan, sites, batches)
-        else:
-            statistics = calibrate(model, sites, batches, loss=loss)
-            losses = predicted_losses(model, sites, statistics, method) if allocation == "knapsack" else None
-            plan = allocate(sites, keep=keep, method=method, allocation=allocation, form=form, losses=losses)
-            plan = compress(model, plan, statistics)
-        return kept(plan, sites)
-
-    return run
-
-
-def in_rounds(rounds: int, drift: float, count: int | None = None, **choice: Any) -> Callable[..., float]:
-    """The default of rankfold, or a part of it."""
-
-    def run(subject: Subject, model: Any, keep: float, seed: int) -> float:
+        settings = {"labels": subject.labels, **choices}
+        windows = subject.windows(count or subject.count, seed)
         sites = find_sites(model).select()
-        settings = {"method": "kfac", "allocation": "knapsack", **choice}
-        labels = settings.pop("labels", subject.labels)
-        plan = compress_in_rounds(
-            model,
-            sites,
-            subject.batches(model, seed, count),
-            loss=summed_loss(model, labels, seed),
-            allocate=lambda losses: allocate(sites, keep=keep, losses=losses, **settings),
-            rounds=rounds,
-            drift=drift,
-        )
+        plan = compress(model, text=windows, batch_size=BATCH, keep=keep, seed=seed, sites=sites, **settings)
         return kept(plan, sites)
 
     return run
@@ -365,14 +340,14 @@ def block_removal(subject: Subject, model: Any, keep: float, seed: int) -> float
 
 
 TRAINING_FREE: dict[str, Callable[..., float]] = {
-    "svd": one_shot("svd"),
+    "svd": ours(method="svd"),
     "asvd": asvd,
-    "lord": one_shot("lord"),
-    "whitened = SVD-LLM": one_shot("whitened"),
+    "lord": ours(method="lord"),
+    "whitened = SVD-LLM": ours(method="whitened"),
     "basis sharing": basis_sharing,
     "aa-svd, closed form": aa_svd,
     "block removal": block_removal,
-    "rankfold": in_rounds(2, 0.5),
+    "rankfold": ours(),
 }
 
 PLAIN: dict[str, Callable[..., float]] = {"int8": int8, "nf4": nf4}
@@ -383,23 +358,25 @@ TRAINABLE = TRAINING_FREE | {
 }
 """What recovery can start from."""
 
+ONCE: dict[str, Any] = {"rounds": 0, "drift": 0.0}
+
 ABLATION: dict[str, Callable[..., float]] = {
-    "whitened, uniform, two factors": one_shot("whitened"),
-    "+ pivoted form": one_shot("whitened", form="pivoted"),
-    "+ weighed on both sides (kfac)": one_shot("kfac"),
-    "+ knapsack": in_rounds(0, 0.0),
-    "+ drift correction": in_rounds(0, 0.5),
-    "+ 1 round": in_rounds(1, 0.5),
-    "+ 2 rounds = rankfold": in_rounds(2, 0.5),
-    "3 rounds": in_rounds(3, 0.5),
-    "rankfold without pivoted form": in_rounds(2, 0.5, form="low_rank"),
-    "rankfold without knapsack": in_rounds(2, 0.5, allocation="uniform"),
-    "rankfold without rounds": in_rounds(0, 0.5),
-    "rankfold without drift correction": in_rounds(2, 0.0),
-    "rankfold with all of the drift corrected": in_rounds(2, 1.0),
-    "knapsack alone (whitened, two factors)": one_shot("whitened", "knapsack", "low_rank"),
-    "pivoted + knapsack (whitened)": one_shot("whitened", "knapsack", "pivoted"),
-    "kfac alone (uniform, two factors)": one_shot("kfac", form="low_rank"),
+    "whitened, uniform, two factors": ours(method="whitened"),
+    "+ pivoted form": ours(method="whitened", form="pivoted"),
+    "+ weighed on both sides (kfac)": ours(allocation="uniform", **ONCE),
+    "+ knapsack": ours(**ONCE),
+    "+ drift correction": ours(rounds=0),
+    "+ 1 round": ours(rounds=1),
+    "+ 2 rounds = rankfold": ours(),
+    "3 rounds": ours(rounds=3),
+    "rankfold without pivoted form": ours(form="low_rank"),
+    "rankfold without knapsack": ours(allocation="uniform"),
+    "rankfold without rounds": ours(rounds=0),
+    "rankfold without drift correction": ours(drift=0.0),
+    "rankfold with all of the drift corrected": ours(drift=1.0),
+    "knapsack alone (whitened, two factors)": ours(method="whitened", allocation="knapsack", form="low_rank"),
+    "pivoted + knapsack (whitened)": ours(method="whitened", allocation="knapsack", form="pivoted"),
+    "kfac alone (uniform, two factors)": ours(allocation="uniform", form="low_rank", **ONCE),
 }
 
 
@@ -415,9 +392,10 @@ def stories(assets: Path) -> tuple[Subject, Tensor]:
     cut = int(0.7 * len(ids))
     test = split_windows(ids[cut:], 256)
     seen, unseen = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut:])
-    context = circumstances(
+    here = circumstances(
+        load_model(folder),
+        data=Corpus("last 30 % of the TinyStories sample", (unseen,)),
         calibration="256 x 256 tokens of the first 70 % of the TinyStories sample",
-        data="last 30 % of the TinyStories sample",
         overlap_with_calibration=round(overlap([seen], [unseen]), 4),
     )
     subject = Subject(
@@ -429,7 +407,7 @@ def stories(assets: Path) -> tuple[Subject, Tensor]:
         256,
         perplexity_of(test),
         "text",
-        context,
+        here,
     )
     return subject, ids[:cut]
 
@@ -440,9 +418,10 @@ def bundled(name: str) -> Subject:
     tokenizer = load_tokenizer(folder)
     corpus, held_out = load_corpus("bundled:calibration"), load_corpus("bundled:python-held-out")
     stream = token_stream(tokenizer, corpus.texts)
-    context = circumstances(
+    here = circumstances(
+        load_model(folder, dtype=torch.float32),
+        data=held_out,
         calibration="bundled:calibration, 128 x 256 tokens",
-        data=held_out.name,
         overlap_with_calibration=round(overlap(corpus.texts, held_out.texts), 4),
     )
     return Subject(
@@ -454,7 +433,7 @@ def bundled(name: str) -> Subject:
         128,
         perplexity_of(evaluation_windows(tokenizer, held_out, 256, 256)),
         "text",
-        context,
+        here,
     )
 
 
@@ -469,7 +448,8 @@ def minilm(assets: Path) -> Subject:
         model.load_state_dict(head, strict=False)
         return model.eval()
 
-    with gzip.open(assets / "data" / "sst2" / "sst2_validation.jsonl.gz", "rt") as lines:
+    rows_file = assets / "data" / "sst2" / "sst2_validation.jsonl.gz"
+    with gzip.open(rows_file, "rt") as lines:
         rows = [json.loads(line) for line in lines]
     labelled = Labelled([row["sentence"] for row in rows], [row["label"] for row in rows])
 
@@ -479,7 +459,7 @@ def minilm(assets: Path) -> Subject:
 
     stream = token_stream(tokenizer, load_corpus(assets / "data" / "wikitext2" / "wiki.valid.tokens").texts)
     frame = special_tokens(tokenizer)
-    context = circumstances(calibration="WikiText-2 validation, 128 x 64 tokens", data="SST-2 validation")
+    here = circumstances(load(), data=rows_file, calibration="WikiText-2 validation, 128 x 64 tokens")
     return Subject(
         "MiniLM-L6 + SST-2",
         "accuracy",
@@ -489,7 +469,7 @@ def minilm(assets: Path) -> Subject:
         128,
         score,
         "sampled",
-        context,
+        here,
     )
 
 
@@ -506,44 +486,24 @@ def perplexity_of(windows: Tensor) -> Score:
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
-class Results:
-    """The results file: what stands there is not measured again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-    def __contains__(self, key: tuple[Any, ...]) -> bool:
-        return any(
-            (r.subject, r.context["part"], r.context["row"], r.context["keep"], r.context["seed"]) == key
-            for r in map(Record.from_json, self.path.read_text().splitlines())
-        )
-
-    def add(
-        self, subject: Subject, part: str, row: str, keep: float, seed: int, run: Callable[[], tuple[Any, float]]
-    ) -> None:
-        """Measure one number, unless it is there."""
-        if (subject.name, part, row, keep, seed) in self:
-            return
-        start = time.perf_counter()
-        model, stored = run()
-        seconds = time.perf_counter() - start
-        value, error = subject.score(model)
-        context = subject.context | {
-            "part": part,
-            "row": row,
-            "keep": keep,
-            "seed": seed,
-            "stored": round(stored, 4),
-            "seconds": round(seconds, 1),
-        }
-        record = Record(
-            subject=subject.name, name=subject.quantity, value=value, unit="1", error=error, context=context
-        )
-        with self.path.open("a") as file:
-            file.write(record.to_json() + "\n")
-        print(f"{subject.name} | {part} | {row} | keep {keep} | seed {seed}: {value:.4g} ({seconds:.0f} s)", flush=True)
+def add(
+    results: Results,
+    subject: Subject,
+    key: tuple[str, str, float, int],
+    run: Callable[[], tuple[Any, float]],
+) -> None:
+    """Measure one number, unless it is there: by part, row, keep and seed."""
+    part, row, keep, seed = key
+    facts = {"part": part, "row": row, "keep": keep, "seed": seed}
+    if results.has(subject.name, **facts):
+        return
+    start = time.perf_counter()
+    model, stored = run()
+    seconds = time.perf_counter() - start
+    value, error = subject.score(model)
+    details = {"stored": round(stored, 4), "seconds": round(seconds, 1)}
+    results.append([subject.here.record(subject.name, subject.quantity, value, "1", error, **facts, **details)])
+    print(f"{subject.name} | {part} | {row} | keep {keep} | seed {seed}: {value:.4g} ({seconds:.0f} s)", flush=True)
 
 
 def rows(
@@ -561,12 +521,12 @@ def rows(
             model = subject.load()
             return model, method(subject, model, keep, seed)
 
-        results.add(subject, part, row, keep, seed, run)
+        add(results, subject, (part, row, keep, seed), run)
 
 
 def dense_row(results: Results, subject: Subject) -> None:
     """The model as it is, and what plain quantization makes of it."""
-    results.add(subject, "plain", "dense", 1.0, 0, lambda: (subject.load(), 1.0))
+    add(results, subject, ("plain", "dense", 1.0, 0), lambda: (subject.load(), 1.0))
     rows(results, subject, "plain", PLAIN, (1.0,))
 
 
@@ -652,7 +612,8 @@ def trained(results: Results, training: Training, keeps: tuple[float, ...]) -> N
             def run(row: str = row, text: str | None = text, keep: float = keep) -> tuple[Any, float]:
                 return training.start(row, keep) if text is None else training.recovered(row, keep, text)
 
-            results.add(training.subject, "trained", row if text is None else f"{row} + KL on {text}", keep, 0, run)
+            name = row if text is None else f"{row} + KL on {text}"
+            add(results, training.subject, ("trained", name, keep, 0), run)
 
 
 def parts(results: Results, arguments: argparse.Namespace) -> Iterator[str]:
@@ -668,11 +629,11 @@ def parts(results: Results, arguments: argparse.Namespace) -> Iterator[str]:
             rows(results, subject, "ablation", ABLATION, (0.8, 0.6))
             yield "ablation"
         if "tokens" in wanted:
-            sizes = {f"{n} sequences": in_rounds(2, 0.5, n) for n in (64, 256, 1024)}
+            sizes = {f"{n} sequences": ours(n) for n in (64, 256, 1024)}
             rows(results, subject, "tokens", sizes, (0.8, 0.6))
             yield "tokens"
         if "labels" in wanted:
-            kinds = {"labels sampled": in_rounds(2, 0.5, labels="sampled")}
+            kinds = {"labels sampled": ours(labels="sampled")}
             rows(results, subject, "labels", kinds, (0.8, 0.6), (0, 1, 2))
             yield "labels"
         if "trained" in wanted:
@@ -706,12 +667,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", type=float, nargs="*", default=(1.0, *BOTH), help="what the part `trained` keeps")
     parser.add_argument("--steps", type=int, default=RECOVERY_STEPS, help="steps of recovery")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.jsonl")
+    results = Results("quality")
     arguments = parser.parse_args()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    for part in parts(Results(arguments.output), arguments):
+    quiet()
+    for part in parts(results, arguments):
         print(f"{part}: done")
 
 

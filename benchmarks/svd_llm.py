@@ -29,10 +29,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankfold import Record, allocate, calibrate, compress, find_sites
-from rankfold.calibration import summed_loss
-from rankfold.compression import compress_in_rounds
-from rankfold.measure import circumstances
+from rankfold import allocate, calibrate, compress, factorize, find_sites
+from rankfold.circumstances import circumstances
 
 ROOT = Path(__file__).parent.parent
 KEEP = 0.8
@@ -114,23 +112,10 @@ def run_theirs(folder: Path, model: Any) -> dict[str, float]:
 
 def run_ours(model: Any, name: str) -> dict[str, float]:
     """Seconds of our steps: one-sided like theirs; both-sided in one round with its allocation; and the default."""
-    sites = find_sites(model).select()
     start = time.perf_counter()
-    if name == "whitened":
-        moments = calibrate(model, sites, batches())
-        middle = time.perf_counter()
-        compress(model, allocate(sites, keep=KEEP, method=name), moments)
-        return {"statistics": middle - start, "factorization": time.perf_counter() - middle}
-    rounds, drift = (0, 0.0) if name == "kfac" else (2, 0.5)
-    compress_in_rounds(
-        model,
-        sites,
-        batches(),
-        loss=summed_loss(model),
-        allocate=lambda losses: allocate(sites, keep=KEEP, method="kfac", allocation="knapsack", losses=losses),
-        rounds=rounds,
-        drift=drift,
-    )
+    ids = torch.cat([batch["input_ids"] for batch in batches()])
+    choices = {"whitened": {"method": name}, "kfac": {"rounds": 0, "drift": 0.0}}.get(name, {})
+    compress(model, keep=KEEP, text=ids, batch_size=4, **choices)
     return {"all_steps": time.perf_counter() - start}
 
 
@@ -146,7 +131,7 @@ def deviation(folder: Path) -> float:
         space["whitening"]("llama", reference, profile, KEEP, "cpu")
     sites = find_sites(model).select()
     plan = allocate(sites, keep=KEEP, method="whitened")
-    compress(model, plan, calibrate(model, sites, batches()))
+    factorize(model, plan, calibrate(model, sites, batches(), method="whitened"))
     worst = 0.0
     for index, layer in enumerate(reference.model.layers):
         for owner, names in ((layer.self_attn, "qkvo"), (layer.mlp, ("gate", "up", "down"))):
@@ -181,21 +166,19 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(name, found[name][-1], flush=True)
-    context = circumstances(keep=KEEP, tokens=SEQUENCES * LENGTH, rounds=arguments.rounds, seed=0)
+    here = circumstances("random Llama, 29 M", seed=0, keep=KEEP, tokens=SEQUENCES * LENGTH, rounds=arguments.rounds)
     medians = {n: {k: statistics.median(r[k] for r in runs) for k in runs[0]} for n, runs in found.items()}
     records = []
     for name, values in medians.items():
         for key, value in values.items():
             unit = "byte" if key == "peak_memory" else "second"
-            records.append(Record(subject=name, name=key, value=value, unit=unit, context=context))
+            records.append(here.record(name, key, value, unit))
             if key in medians["svd-llm"] and name != "svd-llm":
                 ratio = value / medians["svd-llm"][key]
-                records.append(Record(subject=f"{name} / svd-llm", name=key, value=ratio, unit="1", context=context))
+                records.append(here.record(f"{name} / svd-llm", key, ratio))
                 print(f"{name} / svd-llm, {key}: {ratio:.2f}")
     worst = deviation(arguments.folder)
-    records.append(
-        Record(subject="whitened - svd-llm", name="largest_difference", value=worst, unit="1", context=context)
-    )
+    records.append(here.record("whitened - svd-llm", "largest_difference", worst))
     print(f"largest relative difference of a layer's matrix, whitened against svd-llm: {worst:.2e}")
     output = ROOT / "benchmarks" / "results" / "svd_llm.jsonl"
     output.write_text("".join(record.to_json() + "\n" for record in records))

@@ -9,16 +9,16 @@ average, prefill and decoding beside the static twin, taking turns. Results: ben
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from lord import Results, Subject, quiet
 
-from rankfold import allocate, calibrate, compress, find_sites
-from rankfold.allocation import break_even_rank
-from rankfold.calibration import summed_loss
-from rankfold.compression import adapt, nest, predicted_losses, shrink
+from rankfold import allocate, calibrate, factorize, find_sites
+from rankfold.allocation import break_even_rank, factorized_option
+from rankfold.compression import adapt, nest, shrink
 from rankfold.cost import parameter_count, relative_cost
-from rankfold.plan import Option, Plan, stored_parameters
+from rankfold.plan import Plan
 from rankfold.quality import paired_difference
 
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -37,11 +37,7 @@ def at_share(sites: Any, share: float) -> Plan:
     options = []
     for site in sites:
         rank = max(2, round(share * break_even_rank("low_rank", site, site.bias)))
-        parameters = stored_parameters("low_rank", site.out_features, site.in_features, (rank,), site.bias)
-        options.append(
-            Option(sites=(site.name,), form="low_rank", method="kfac", ranks=(rank,), bias=site.bias,
-                   parameters=parameters, bytes=4 * parameters)
-        )  # fmt: skip
+        options.append(replace(factorized_option("low_rank", [site], rank, site.bias), method="kfac"))
     return Plan(options=tuple(options), method="kfac")
 
 
@@ -51,8 +47,8 @@ def main() -> None:
     subject, results = Subject("pycode-llama"), Results("adaptive_rank")
     model = subject.load()
     sites = find_sites(model).select()
-    statistics = calibrate(model, sites, subject.batches, loss=summed_loss(model, "text", 0))
-    losses = predicted_losses(model, sites, statistics, "kfac")
+    statistics = calibrate(model, sites, subject.batches)
+    losses = statistics.losses("kfac")
     nest(model, sites, statistics)
     nested = parameter_count(model)
     for keep in KEEPS:
@@ -61,19 +57,19 @@ def main() -> None:
             late, early = copy.deepcopy(model), subject.load()
             plan = shrink(late, keep)
             choice = {"keep": keep, "method": "kfac", "form": "low_rank", "allocation": "knapsack", "losses": losses}
-            compress(early, allocate(sites, **choice), statistics)
+            factorize(early, allocate(sites, **choice), statistics)
             return {"nested": rise(subject, late), "static": rise(subject, early), "parameters": plan.parameters,
                     "checkpoint": nested}  # fmt: skip
 
-        results.measure(subject.name, f"nested, keep {keep}", {**subject.context, "keep": keep}, cut)
+        results.measure(subject.name, f"nested, keep {keep}", subject.context.also(keep=keep), cut)
     for share in (0.9, 0.6):
 
         def token(share: float = share) -> dict[str, Any]:
             adaptive, static = subject.load(), subject.load()
-            plan = compress(adaptive, at_share(sites, share), statistics)
+            plan = factorize(adaptive, at_share(sites, share), statistics)
             adapt(adaptive, plan, subject.batches, small=SMALL, share=SHARE)
             average = at_share(sites, share * (SMALL + SHARE * (1 - SMALL)))
-            compress(static, average, statistics)
+            factorize(static, average, statistics)
             cost = relative_cost(static, adaptive, rounds=15)
             return {
                 "adaptive": rise(subject, adaptive), "static": rise(subject, static), "parameters": plan.parameters,
@@ -81,7 +77,7 @@ def main() -> None:
             }  # fmt: skip
 
         results.measure(
-            subject.name, f"per token, {share:g} of break-even at most", {**subject.context, "share": share}, token
+            subject.name, f"per token, {share:g} of break-even at most", subject.context.also(share=share), token
         )
 
 

@@ -31,8 +31,7 @@ from tiny_models import HEADS, NotTinyError, first_line, pairs, text_inputs, tin
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from rankfold.checkpoint import export_dense, load_model, save
-from rankfold.pipeline import Budget, Settings, compress_within
-from rankfold.pipeline.within import Text
+from rankfold.pipeline import compress
 from rankfold.sites import find_sites, text_arguments
 
 ROOT = Path(__file__).parent.parent
@@ -144,14 +143,7 @@ def _stock_generates(model: Any) -> bool:
 
 def _compress(model: Any, sites: Any, method: str) -> None:
     ids = torch.cat([text_inputs(model, length=16, batch=4, seed=seed)["input_ids"] for seed in range(4)])
-    compress_within(
-        model,
-        sites,
-        Budget.of(keep=0.6, bytes_=None, max_loss_increase=None, rank=None, plan=None),
-        Settings(method, None, None, 1, 0, "predictions", 0),
-        None if method == "svd" else Text(ids, None, {}),
-        stage=lambda title, steps: lambda: None,
-    )
+    compress(model, keep=0.6, sites=sites, method=method, text=ids)
 
 
 def _check_own_code(folder: Path, auto: Any, expected: torch.Tensor) -> None:

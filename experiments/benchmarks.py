@@ -14,14 +14,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from lord import RESULTS, quiet
+from results import Results, quiet
 
-from rankfold import Record, allocate, find_sites
-from rankfold.calibration import make_batches, random_windows, summed_loss, token_stream
+from rankfold import compress
+from rankfold.calibration import random_windows, token_stream
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compression import compress_in_rounds
+from rankfold.circumstances import circumstances
 from rankfold.harness import BENCHMARKS, ask, benchmark_records, convert_data
-from rankfold.measure import circumstances
 
 LIMITS = {"mmlu": 5, "gsm8k": 20}
 """Questions of each task; MMLU has 57 tasks, and GSM8K asks for whole texts."""
@@ -38,30 +37,18 @@ def main() -> None:
     text = story.read_text()
     stream = token_stream(tokenizer, (text[: int(0.7 * len(text))],))
     small = copy.deepcopy(dense)
-    sites = find_sites(small).select()
-    compress_in_rounds(
-        small,
-        sites,
-        make_batches(small, random_windows(stream, 128, 256, 0), 32),
-        loss=summed_loss(small, "text", 0),
-        allocate=lambda losses: allocate(sites, keep=0.8, losses=losses, method="kfac", allocation="knapsack"),
-    )
-    path = RESULTS / "benchmarks.jsonl"
-    path.touch()
-    asked = {Record.from_json(line).context["benchmark"] for line in path.read_text().splitlines()}
+    compress(small, tokenizer, keep=0.8, text=random_windows(stream, 128, 256, 0), batch_size=32)
+    models = {"dense": dense, "rankfold, keep 0.8": small}
+    results, here = Results("benchmarks"), circumstances(models, seed=0)
     with tempfile.TemporaryDirectory() as work:
         convert_data(assets / "data", Path(work))
         for name in BENCHMARKS:
-            if name in asked:
-                continue
             limit = LIMITS.get(name, LIMIT)
-            answers = ask(
-                {"dense": dense, "rankfold, keep 0.8": small}, tokenizer, name, folder=Path(work), limit=limit, seed=0
-            )
-            facts = circumstances(benchmark=name, model="stories260K", limit=limit, seed=0)
-            records = benchmark_records(name, answers, facts)
-            with path.open("a") as file:
-                file.write("".join(record.to_json() + "\n" for record in records))
+            if results.has("dense", benchmark=name, limit=limit):
+                continue
+            answers = ask(models, tokenizer, name, folder=Path(work), limit=limit, seed=0)
+            facts = here.also(data=name, benchmark=name, limit=limit)
+            results.append(benchmark_records(name, answers, facts))
             print(name, flush=True)
 
 

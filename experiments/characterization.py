@@ -20,18 +20,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lord import RESULTS, ROOT, Results, quiet
+from results import RESULTS, ROOT, Results, quiet
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassification
 
-from rankfold import Record, allocate, compress, find_sites
+from rankfold import Record, allocate, factorize, find_sites
 from rankfold.calibration import Corpus, load_corpus, make_batches
 from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.circumstances import circumstances
 from rankfold.compression import restore
 from rankfold.cost import open_meter, relative_cost
-from rankfold.measure import circumstances, evaluation_windows
+from rankfold.exploration.sensitivity import STUDIES, run_trials, sensitivity_trials
+from rankfold.measurement import evaluation_windows
 from rankfold.modules import linear_at
 from rankfold.plan import Plan
+from rankfold.progress import no_stage
 from rankfold.quality import (
     Scorer,
     choice_items,
@@ -43,7 +46,6 @@ from rankfold.quality import (
     paired_difference,
     share,
 )
-from rankfold.sensitivity import STUDIES, run_trials, sensitivity_trials
 
 SHARES = {
     "ranks": (0.0, 0.125, 0.25, 0.5),
@@ -120,11 +122,11 @@ def run_studies(subject: Subject) -> None:
         if by in ("ranks", "count") and subject.name in ARCHITECTURES:
             continue
         trials = sensitivity_trials(sites, method="tucker", by=by, shares=SHARES[by])
-        context = circumstances(study=f"{subject.name}, {by}", model=subject.name, method="tucker", by=by, seed=0)
+        here = circumstances(subject.model, study=f"{subject.name}, {by}", method="tucker", by=by, seed=0)
         batches = make_batches(subject.model, torch.full((1, 8), 3)) if subject.texts else [{}]
         run_trials(
-            subject.model, sites, trials, batches, subject.score, file=file_of(subject.name, by), context=context,
-            stage=lambda title, total: lambda: None, cost=None if by == "site" else cost,
+            subject.model, sites, trials, batches, subject.score, file=file_of(subject.name, by), here=here,
+            stage=no_stage, cost=None if by == "site" else cost,
         )  # fmt: skip
         print(f"{subject.name}: {by}, {len(trials)} trials", flush=True)
 
@@ -138,7 +140,7 @@ def tasks(subject: Subject, level: float | None) -> dict[str, Any]:
         if level is not None:
             (trial,) = sensitivity_trials(sites, method="tucker", by="ranks", shares=(level,))
 
-            compress(subject.model, Plan(options=trial.options, method="tucker"))
+            factorize(subject.model, Plan(options=trial.options, method="tucker"))
         for name, corpus in subject.texts.items():
             windows = evaluation_windows(subject.tokenizer, corpus, 256, 24)
             quality = next_token_quality(subject.model, windows, batch_size=8)
@@ -176,7 +178,7 @@ def removed(subject: Subject, results: Results) -> None:
             rise = paired_difference(without_blocks(subject, chosen), dense)
             return {"removed": tuple(rise), "rank 1": (record.value, record.error)}
 
-        results.measure(subject.name, group, circumstances(seed=0), run)
+        results.measure(subject.name, group, circumstances(subject.model, seed=0), run)
 
 
 def nine_percent() -> dict[str, Any]:
@@ -198,14 +200,14 @@ def main() -> None:
     """Run what is missing."""
     quiet()
     results = Results("characterization")
-    results.measure("Llama-2-7B", "three blocks at rank 1", circumstances(), nine_percent)
+    results.measure("Llama-2-7B", "three blocks at rank 1", circumstances("Llama-2-7B"), nine_percent)
     for subject in subjects(Path(sys.argv[1]) if len(sys.argv) > 1 else None):
         run_studies(subject)
         if not subject.texts:
             continue
         for level in (None, 0.75, 0.5, 0.25, 0.0):
             row = "dense" if level is None else f"all sites at {level:g} of the full rank"
-            results.measure(subject.name, row, circumstances(seed=0), partial(tasks, subject, level))
+            results.measure(subject.name, row, circumstances(subject.model, seed=0), partial(tasks, subject, level))
         removed(subject, results)
 
 

@@ -16,8 +16,6 @@ from typing import Any
 from lord import Results, Subject, quiet
 
 from rankfold import calibrate, find_sites
-from rankfold.calibration import summed_loss
-from rankfold.compression import predicted_losses
 from rankfold.exploration import Bench, DesignSpace, choices, hypervolume, prices, starting_points
 from rankfold.exploration.study import Done, finished, open_study, search
 from rankfold.quality import next_token_score
@@ -32,8 +30,8 @@ def bench_of(subject: Subject) -> Bench:
     """The model with what its trials share."""
     model = subject.load()
     sites = tuple(find_sites(model).select())
-    statistics = calibrate(model, sites, subject.batches, loss=summed_loss(model, "text", 0))
-    losses = {"kfac": predicted_losses(model, sites, statistics, "kfac")}
+    statistics = calibrate(model, sites, subject.batches)
+    losses = {"kfac": statistics.losses("kfac")}
     space = DesignSpace(sites=sites, choices=choices(["kfac"], SHARES))
     return Bench(model, space, statistics, losses, next_token_score(subject.held_out[:16], batch_size=16))
 
@@ -75,7 +73,7 @@ def main() -> None:
     results.measure(subject.name, "starting points alone", context, lambda: knapsack(bench))
     for seed in SEEDS:
         for strategy in ("tpe", "random-policies", "random"):
-            made = {**context, "seed": seed, "strategy": strategy}
+            made = context.also(seed=seed, strategy=strategy)
             results.measure(subject.name, f"{strategy}, seed {seed}", made, lambda s=strategy, n=seed: run(bench, s, n))
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from lord import Results, Subject, quiet
 
-from rankfold import allocate, compress, find_sites
-from rankfold.compression import compress_stacks, matrix_of
-from rankfold.modules import linear_at
+from rankfold import allocate, factorize, find_sites
+from rankfold.compression import compress_stacks
+from rankfold.modules import linear_at, matrix_of
 from rankfold.quality import paired_difference
 
 KEEPS, SEEDS = (0.8, 0.6, 0.4), range(5)
@@ -75,7 +75,7 @@ def alone(subject: Subject, stacks: Sequence[Sequence[str]], keep: float) -> dic
     sites = find_sites(model).select(names)
     before = {name: linear_at(model, name).weight.detach().double() for name in names}
     start = time.process_time()
-    plan = compress(model, allocate(sites, keep=keep, method="svd"))
+    plan = factorize(model, allocate(sites, keep=keep, method="svd"))
     seconds = time.process_time() - start
     lost = sum(float((linear_at(model, name).product().double() - W).square().sum()) for name, W in before.items())
     found = subject.quality(model)
@@ -113,7 +113,7 @@ def main() -> None:
                 "CP, five seeds": lambda k=keep, s=stacks: cp(subject, s, k),
             }
             for form, run in rows.items():
-                facts = {**subject.context, "stacks": name, "keep": keep, "form": form}
+                facts = subject.context.also(stacks=name, keep=keep, form=form)
                 results.measure(subject.name, f"{name}, keep {keep}: {form}", facts, run)
 
 

@@ -11,7 +11,7 @@ Writes benchmarks/results/joint_forms.jsonl.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from predicted_loss import setting
 from torch import Tensor
 
-from rankfold import Record, Site
-from rankfold.allocation import PRICES, knapsack
+from rankfold import Site
+from rankfold.allocation import Allowance, knapsack, site_options
 from rankfold.factorization import Moments, SiteMoments, ordered_kfac, predicted_loss, tucker_stack
 from rankfold.modules import linear_at
 from rankfold.plan import Option
@@ -33,7 +33,7 @@ Curve = tuple[Site, list[float], Callable[[int], list[Tensor]], list[str]]
 """A site for the knapsack, its losses by rank, its matrices at a rank, and whose they are."""
 
 
-def stacked(names: list[str], weights: dict[str, Tensor], statistics: dict[str, SiteMoments]) -> Curve:
+def stacked(names: list[str], weights: dict[str, Tensor], statistics: Mapping[str, SiteMoments]) -> Curve:
     """Matrices over one shared down-projection; of different inputs the moments are averaged."""
     W = torch.cat([weights[name] for name in names])
     inputs = [statistics[name].inputs for name in names]
@@ -56,7 +56,7 @@ def stacked(names: list[str], weights: dict[str, Tensor], statistics: dict[str, 
     return site, ordered.losses.tolist(), at, names
 
 
-def heads(prefix: str, config: Any, weights: dict[str, Tensor], statistics: dict[str, SiteMoments]) -> Curve:
+def heads(prefix: str, config: Any, weights: dict[str, Tensor], statistics: Mapping[str, SiteMoments]) -> Curve:
     """Value rows of every head projected onto fewer dimensions, the output projection cut to match."""
     value, output = f"{prefix}.self_attn.v_proj", f"{prefix}.self_attn.o_proj"
     W, size = weights[value], config.hidden_size // config.num_attention_heads
@@ -87,7 +87,7 @@ def heads(prefix: str, config: Any, weights: dict[str, Tensor], statistics: dict
     return site, losses, at, [value, output]
 
 
-def tucker(names: list[str], weights: dict[str, Tensor], statistics: dict[str, SiteMoments]) -> Curve:
+def tucker(names: list[str], weights: dict[str, Tensor], statistics: Mapping[str, SiteMoments]) -> Curve:
     """Gate and up as one stacked tensor in Tucker form, factors orthogonal in the weighed space, at equal mode ranks."""
     moments = [statistics[name] for name in names]
     assert all(m.inputs is not None and m.gradients is not None for m in moments)
@@ -133,7 +133,7 @@ def price_of(config: Any, weights: dict[str, Tensor]) -> Callable[[Option], floa
             out, inside = weights[name.removeprefix("tucker:")].shape
             rank, rank_out = option.ranks[0], max(1, option.ranks[0] * out // inside)
             return float(rank * inside + out * rank_out + 2 * rank * rank_out)
-        return PRICES["parameters"](option)
+        return float(option.parameters)
 
     return price
 
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", default="bundled:calibration")
     arguments = parser.parse_args()
-    model, sites, statistics, test, context = setting(arguments.model, arguments.text)
+    model, sites, statistics, test, here = setting(arguments.model, arguments.text)
     weights = {site.name: linear_at(model, site.name).weight.detach().double() for site in sites}
     blocks, config = len(model.model.layers), model.config
     tables = {
@@ -194,37 +194,21 @@ def main() -> None:
     records = []
     for row, curves in tables.items():
         for keep in KEEPS:
-            options, bound = knapsack(
-                [curve[0] for curve in curves],
-                "pivoted",
-                budget=keep * total,
-                losses={curve[0].name: curve[1] for curve in curves},
-                price=price_of(config, weights),
-            )
+            offered = site_options([c[0] for c in curves], "pivoted", {c[0].name: c[1] for c in curves})
+            # The budget is one of the matrices' own numbers, whatever a form says that they cost.
+            price = price_of(config, weights)
+            allowance = Allowance(keep * total / sum(o.prices(price)[-1] for o in offered), price)
+            options, bound = knapsack(offered, allowance)
             for option, (_, _, at, names) in zip(options, curves, strict=True):
                 parts = at(option.ranks[0]) if option.ranks else [weights[name] for name in names]
                 for name, part in zip(names, parts, strict=True):
                     linear_at(model, name).weight.data = part.float().contiguous()
             quality = next_token_quality(model, test, batch_size=32)
-            details = context | {
-                "row": row,
-                "keep": keep,
-                "predicted": sum(o.loss or 0 for o in options),
-                "bound": bound,
-            }
-            records.append(
-                Record(
-                    subject=arguments.model.name,
-                    name="perplexity",
-                    value=quality.perplexity,
-                    unit="1",
-                    error=quality.perplexity_error,
-                    context=details,
-                )
-            )
-            print(
-                f"{row}, keep {keep}: {quality.perplexity:.4g} (predicted rise {details['predicted']:.3f})", flush=True
-            )
+            predicted = sum(o.loss or 0 for o in options)
+            details = {"row": row, "keep": keep, "predicted": predicted, "bound": bound}
+            value, error = quality.perplexity, quality.perplexity_error
+            records.append(here.record(arguments.model.name, "perplexity", value, "1", error, **details))
+            print(f"{row}, keep {keep}: {quality.perplexity:.4g} (predicted rise {predicted:.3f})", flush=True)
     output = ROOT / "benchmarks" / "results" / "joint_forms.jsonl"
     output.write_text("".join(record.to_json() + "\n" for record in records))
 

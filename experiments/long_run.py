@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lord import Results, Subject, quiet
 
-from rankfold.long_run import stretches, write_long
+from rankfold.measurement.long_run import stretches, write_long
 
 TOKENS, LENGTH, WINDOW = 20_000, 2_560, 256
 
@@ -37,7 +37,7 @@ def main() -> None:
         for stretch in found:
             values: dict[str, Any] = stretch._asdict()
             start = values.pop("start")
-            context = {**subject.context, "model": name, "start": start, "temperature": 0.8, "window": WINDOW}
+            context = subject.context.also(model=name, start=start, temperature=0.8, window=WINDOW)
             results.measure(subject.name, f"{name}, from {start}", context, lambda v=values: v)
 
 

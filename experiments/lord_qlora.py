@@ -20,11 +20,11 @@ import torch
 from lord import Results, Subject, quiet
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
-from rankfold import allocate, compress, find_sites
+from rankfold import allocate, factorize, find_sites
 from rankfold.calibration import random_windows, split_windows
 from rankfold.checkpoint import load_model, save
+from rankfold.circumstances import circumstances
 from rankfold.cost import memory_bytes, parameter_count
-from rankfold.measure import circumstances
 from rankfold.quantization import quantize_by_library
 from rankfold.recovery import recover
 
@@ -42,7 +42,7 @@ def big(folder: Path, compressed: bool) -> int:
     model = GPTBigCodeForCausalLM(config).to(torch.bfloat16)
     if compressed:
         # Which matrices they are makes no difference to memory: the plain SVD of random weights.
-        compress(model, allocate(find_sites(model).select(["mlp.c_proj"]), rank=512, method="svd"))
+        factorize(model, allocate(find_sites(model).select(["mlp.c_proj"]), rank=512, method="svd"))
     with tempfile.TemporaryDirectory() as plain:
         save(model, None, Path(plain) / "model")
         made, _ = quantize_by_library(Path(plain) / "model", "nf4")
@@ -112,7 +112,7 @@ def main() -> None:
         train_once(sys.argv[2])
         return
     results = Results("lord_qlora")
-    context = circumstances(seed=0, adapter_rank=ADAPTER_RANK)
+    context = circumstances("GPTBigCode, 305 M", seed=0, adapter_rank=ADAPTER_RANK)
     for name, compressed in (("QLoRA over the dense model", False), ("QLoRA over LoRD", True)):
         results.measure("GPTBigCode, 305 M", name, context, lambda compressed=compressed: memory(compressed))
     subject = Subject("pycode-starcoder")

@@ -74,7 +74,7 @@ def main() -> None:
         sys.exit(__doc__)
     tasks = load_tasks(sys.argv[1])
     subject, results = Subject("pycode-starcoder"), Results("lord_quality")
-    context = {**subject.context, "tasks": Path(sys.argv[1]).name, "samples": SAMPLES, "temperature": 0.6}
+    context = subject.context.also(tasks=Path(sys.argv[1]).name, samples=SAMPLES, temperature=0.6)
     results.measure(subject.name, "dense", context, lambda: row(subject, subject.load(), tasks))
     total = parameter_count(subject.dense)
     weights = sum(site.parameters for site in find_sites(subject.dense).select())

@@ -22,9 +22,9 @@ from lord import MODELS, Results, Subject, quiet
 from torch import Tensor
 
 from rankfold.checkpoint import save
-from rankfold.modules import SpQRLinear
+from rankfold.modules import SpQRLinear, is_linear, set_matrix, stored_matrix
 from rankfold.quality import Quality, paired_difference
-from rankfold.quantization import Grid, is_linear, quantize_blocks, quantize_by_library
+from rankfold.quantization import Grid, quantize_blocks, quantize_by_library
 from rankfold.quantization.blocks import each_layer
 
 GROUP = 24
@@ -77,10 +77,7 @@ def change_layers(
 
     def run(subject: Subject, model: Any) -> tuple[Any, float]:
         for layer, second in each_layer(model, subject.batches):
-            transposed = type(layer).__name__ == "Conv1D"
-            W = layer.weight.data.T if transposed else layer.weight.data
-            changed = change(W, second)
-            layer.weight.data = (changed.T if transposed else changed).contiguous()
+            set_matrix(layer, change(stored_matrix(layer).detach(), second))
         return model, bits
 
     return run
@@ -90,7 +87,7 @@ def spqr(bits: int) -> Callable[[Subject, Any], tuple[Any, float]]:
     """SpQR as `rankfold quantize` does it."""
 
     def run(subject: Subject, model: Any) -> tuple[Any, float]:
-        quantize_blocks(model, subject.batches, Grid(bits))
+        quantize_blocks(model, subject.batches, "spqr", Grid(bits))
         layers = [module for module in model.modules() if isinstance(module, SpQRLinear)]
         stored = sum(8 * b.numel() * b.element_size() for layer in layers for b in layer.buffers())
         return model, stored / sum(layer.out_features * layer.in_features for layer in layers)
@@ -165,7 +162,7 @@ def main() -> None:
         dense = subject.quality(subject.dense)
         for (name, start), scheme in itertools.product(starts(subject).items(), SCHEMES):
             make = partial(row, subject, dense, start, scheme)
-            results.measure(subject.name, f"{name} | {scheme}", {**subject.context, "start": name}, make)
+            results.measure(subject.name, f"{name} | {scheme}", subject.context.also(start=name), make)
 
 
 if __name__ == "__main__":

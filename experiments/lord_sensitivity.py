@@ -18,13 +18,12 @@ from typing import Any
 
 from lord import MODELS, RESULTS, ROOT, Results, Subject, quiet
 
-from rankfold import Plan, allocate, calibrate, compress, find_sites
-from rankfold.calibration import summed_loss
-from rankfold.compression import predicted_losses
+from rankfold import Plan, allocate, calibrate, factorize, find_sites
+from rankfold.exploration.sensitivity import measured_losses, run_trials, sensitivity_trials
+from rankfold.progress import no_stage
 from rankfold.quality import Quality, next_token_score, paired_difference
 from rankfold.record import Record
-from rankfold.report.figures import draw_points
-from rankfold.sensitivity import measured_losses, run_trials, sensitivity_trials
+from rankfold.reports.figures import draw_points
 from rankfold.sites import Sites
 
 KEEPS = (0.9, 0.8, 0.7)
@@ -32,12 +31,11 @@ KEEPS = (0.9, 0.8, 0.7)
 
 def study(subject: Subject, sites: Sites, by: str) -> list[Record]:
     """One study, and its figure."""
-    context = {**subject.context, "study": f"{subject.name}, by {by}", "model": subject.name, "method": "lord"}
+    here = subject.context.also(study=f"{subject.name}, by {by}", method="lord")
     records = run_trials(
         subject.dense, sites, sensitivity_trials(sites, by=by), subject.batches,
         next_token_score(subject.held_out, batch_size=32),
-        file=RESULTS / f"lord_sensitivity-{subject.name}-{by}.jsonl", context=context,
-        stage=lambda title, total: lambda: None,
+        file=RESULTS / f"lord_sensitivity-{subject.name}-{by}.jsonl", here=here, stage=no_stage,
     )  # fmt: skip
     points: dict[str, list[tuple[float, float]]] = {}
     for record in records:
@@ -52,11 +50,11 @@ def study(subject: Subject, sites: Sites, by: str) -> list[Record]:
 
 def choices(subject: Subject, sites: Sites) -> tuple[dict[str, Callable[[float], Plan]], Any]:
     """Ways to choose ranks, each from keep to plan, and the statistics to carry plans out with."""
-    statistics = calibrate(subject.dense, sites, subject.batches, loss=summed_loss(subject.dense, "text", 0))
+    statistics = calibrate(subject.dense, sites, subject.batches)
     plain = partial(allocate, sites, method="lord")
     shared = partial(plain, allocation="knapsack")
     kinds, blocks = (measured_losses(study(subject, sites, by), sites) for by in ("kind", "block"))
-    predicted = predicted_losses(subject.dense, sites, statistics, "lord")
+    predicted = statistics.losses("lord")
     return {
         "uniform": lambda keep: plain(keep=keep),
         "parity": lambda keep: plain(keep=keep, allocation="parity"),
@@ -70,7 +68,7 @@ def row(subject: Subject, plan: Plan, statistics: Any, dense: Quality) -> dict[s
     """What one plan costs."""
     model = subject.load()
     total = sum(site.parameters for site in find_sites(model).select())
-    plan = compress(model, plan, statistics)
+    plan = factorize(model, plan, statistics)
     found = subject.quality(model)
     rise = paired_difference(found.window_losses, dense.window_losses)
     return {"rise": tuple(rise), "perplexity": found.perplexity, "stored": plan.parameters / total}
@@ -85,7 +83,7 @@ def main() -> None:
         dense = subject.quality(subject.dense)
         for keep, (name, choose) in itertools.product(KEEPS, ways.items()):
             run = partial(row, subject, choose(keep), statistics, dense)
-            results.measure(subject.name, f"keep {keep}: {name}", {**subject.context, "keep": keep}, run)
+            results.measure(subject.name, f"keep {keep}: {name}", subject.context.also(keep=keep), run)
 
 
 if __name__ == "__main__":

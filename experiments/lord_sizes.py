@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankfold import Record, allocate, find_sites
+from rankfold import allocate, find_sites
 from rankfold.allocation import break_even_rank
+from rankfold.circumstances import circumstances
 from rankfold.cost import parameter_count
-from rankfold.record import versions
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "lord_sizes.jsonl"
 
@@ -83,16 +83,16 @@ def codegen_rows() -> list[tuple[str, str, int, int, int]]:
 def main() -> None:
     """Compute both tables and write them."""
     records = []
-    context = {"versions": versions(), "device": "meta"}
+    here = circumstances(device="meta")
     for rank, parameters in starcoder_sizes().items():
         name = PUBLISHED.get(rank, "")
         print(f"StarCoder, rank {rank or 'full'}: {parameters:,} = {truncated(parameters)}   published: {name or '-'}")
-        facts = {**context, "kind": "mlp.c_proj", "rank": rank, "published": name, "truncated": truncated(parameters)}
-        records.append(Record(subject="starcoder", name="parameters", value=parameters, unit="1", context=facts))
+        facts = {"kind": "mlp.c_proj", "rank": rank, "published": name, "truncated": truncated(parameters)}
+        records.append(here.record("starcoder", "parameters", parameters, **facts))
     for size, kind, full, rank, parameters in codegen_rows():
         print(f"CodeGen-{size}, {kind}, rank {rank} of {full}: {parameters:,}")
-        facts = {**context, "kind": kind, "full_rank": full, "rank": rank}
-        records.append(Record(subject=f"codegen-{size}", name="parameters", value=parameters, unit="1", context=facts))
+        facts = {"kind": kind, "full_rank": full, "rank": rank}
+        records.append(here.record(f"codegen-{size}", "parameters", parameters, **facts))
     RESULTS.write_text("".join(record.to_json() + "\n" for record in records))
 
 

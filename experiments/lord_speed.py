@@ -16,9 +16,9 @@ import torch
 from lord import DOWN, Results, Subject, quiet
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
-from rankfold import allocate, compress, find_sites
+from rankfold import allocate, factorize, find_sites
+from rankfold.circumstances import circumstances
 from rankfold.cost import interleaved_latency, parameter_count, reading
-from rankfold.measure import circumstances
 
 RANKS = {"14.9B": 4480, "14.5B": 4096, "13.8B": 3584, "13.2B": 3072, "12.6B": 2560, "12.3B": 2304}
 """Published checkpoints, and their ranks of 6144."""
@@ -41,7 +41,7 @@ def at_rank(dense: Any, rank: int) -> Any:
     """The model with its down-projections at a rank, everything else shared with the dense one."""
     shared = {id(part): part for part in dense.parameters()}
     model = copy.deepcopy(dense, shared)
-    compress(model, allocate(find_sites(model).select([KIND]), rank=rank, method="svd"))
+    factorize(model, allocate(find_sites(model).select([KIND]), rank=rank, method="svd"))
     return model
 
 
@@ -50,7 +50,7 @@ def measure(results: Results, subject: str, dense: Any, width: int) -> None:
     models = {"dense": dense}
     for name, rank in RANKS.items():
         models[f"as {name}"] = at_rank(dense, round(rank * width / 6144))
-    if all(any(r.context["row"] == row and r.subject == subject for r in results.records) for row in models):
+    if all(results.has(subject, row=row) for row in models):
         return
     times = {batch: interleaved_latency(models, batch_size=batch, rounds=9, decoded_tokens=4) for batch in (1, 8)}
     whole = reading(dense)
@@ -65,7 +65,7 @@ def measure(results: Results, subject: str, dense: Any, width: int) -> None:
             values[f"prefill_{batch}"] = batch * 128 / latency[name].prefill_seconds
             values[f"decode_{batch}"] = batch / (latency[name].decode_seconds or float("inf"))
         contended = any(latency[name].contended for latency in times.values())
-        results.measure(subject, name, circumstances(seed=0, contended=contended), lambda v=values: v)
+        results.measure(subject, name, circumstances(dense, seed=0, contended=contended), lambda v=values: v)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from torch.nn.utils import prune
 
 from rankfold.calibration import random_windows, split_windows
 from rankfold.cost import interleaved_latency
+from rankfold.modules import is_transposed, stored_matrix
 from rankfold.quality import paired_difference
 from rankfold.quantization.blocks import each_layer
 from rankfold.recovery import recover
@@ -54,9 +55,8 @@ def distilled(subject: Subject, model: Any) -> Any:
 def pruned(subject: Subject, model: Any) -> Any:
     """Two of every four weights zero, by masks that training respects."""
     for layer, second in each_layer(model, subject.batches):
-        transposed = type(layer).__name__ == "Conv1D"
-        kept = two_of_four(layer.weight.data.T if transposed else layer.weight.data, second) != 0
-        prune.custom_from_mask(layer, "weight", (kept.T if transposed else kept).float())
+        kept = (two_of_four(stored_matrix(layer).detach(), second) != 0).float()
+        prune.custom_from_mask(layer, "weight", kept.T if is_transposed(layer) else kept)
     return model
 
 
@@ -101,7 +101,7 @@ def main() -> None:
             values[f"prefill_{batch}"] = batch * 128 / found.prefill_seconds
             values[f"decode_{batch}"] = batch / (found.decode_seconds or float("inf"))
         contended = any(latency[step.name].contended for latency in times.values())
-        results.measure(subject.name, step.name, {**subject.context, "contended": contended}, lambda v=values: v)
+        results.measure(subject.name, step.name, subject.context.also(contended=contended), lambda v=values: v)
 
 
 if __name__ == "__main__":

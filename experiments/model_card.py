@@ -20,11 +20,12 @@ import torch
 import transformers
 from train_code_model import json_lines, split
 
-from rankfold import allocate, compress_blocks, find_sites
+from rankfold import allocate, find_sites
 from rankfold.calibration import Corpus, load_corpus, make_batches, random_windows, token_stream
 from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.compression import factorize_blocks
 from rankfold.cost import disk_bytes, parameter_count
-from rankfold.measure import evaluation_windows
+from rankfold.measurement import evaluation_windows
 from rankfold.quality import next_token_quality
 
 SAMPLES, SAMPLE_TOKENS, DROPPED_LINES = 200, 120, 3
@@ -71,7 +72,7 @@ def card(folder: Path, corpus: Corpus) -> str:
     sites = find_sites(model).select()
     calibration = token_stream(tokenizer, load_corpus("bundled:calibration").texts)
     batches = make_batches(model, random_windows(calibration, 128, 256))
-    compress_blocks(model, allocate(sites, keep=0.8, method="whitened"), sites, batches)
+    factorize_blocks(model, allocate(sites, keep=0.8, method="whitened"), sites, batches)
     rise = next_token_quality(model, windows).loss - dense.loss
     config = load_model(folder).config
     seconds = f"{facts['seconds']:,} seconds" if facts["seconds"] else "seconds not recorded, the run was resumed,"

@@ -19,14 +19,21 @@ import torch
 import transformers
 
 from rankfold import Record, Sites, calibrate, find_sites
-from rankfold.calibration import load_corpus, make_batches, random_windows, split_windows, summed_loss, token_stream
+from rankfold.calibration import (
+    Statistics,
+    load_corpus,
+    make_batches,
+    random_windows,
+    split_windows,
+    summed_loss,
+    token_stream,
+)
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compression import matrix_of
+from rankfold.circumstances import Circumstances, circumstances
 from rankfold.factorization import SiteMoments, ordered_kfac
-from rankfold.measure import circumstances
-from rankfold.modules import linear_at
+from rankfold.modules import linear_at, matrix_of, set_matrix
 from rankfold.quality import next_token_quality
-from rankfold.report.figures import draw_points
+from rankfold.reports.figures import draw_points
 
 ROOT = Path(__file__).parent.parent
 SHARES = (0.25, 0.5, 0.625, 0.75)
@@ -40,7 +47,7 @@ def spearman(pairs: list[tuple[float, float]]) -> float:
 
 def setting(
     folder: Path, text: str, labels: str = "text"
-) -> tuple[Any, Sites, dict[str, SiteMoments], torch.Tensor, dict[str, Any]]:
+) -> tuple[Any, Sites, Statistics, torch.Tensor, Circumstances]:
     """A model, its sites, their moments on the first 70 % of a text, windows of the rest, and the circumstances."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -52,8 +59,8 @@ def setting(
     sites = find_sites(model).select()
     batches = make_batches(model, random_windows(stream[:cut], 128, 256, seed=0))
     statistics = calibrate(model, sites, batches, loss=summed_loss(model, labels))
-    context = circumstances(text=corpus.name, labels=labels, seed=0, tokens=test.numel())
-    return model, sites, statistics, test, context
+    here = circumstances(model, data=corpus, seed=0, labels=labels, tokens=test.numel())
+    return model, sites, statistics, test, here
 
 
 def main() -> None:
@@ -63,7 +70,7 @@ def main() -> None:
     parser.add_argument("--text", default="bundled:calibration")
     parser.add_argument("--labels", default="text")
     arguments = parser.parse_args()
-    model, sites, statistics, test, context = setting(arguments.model, arguments.text, arguments.labels)
+    model, sites, statistics, test, here = setting(arguments.model, arguments.text, arguments.labels)
     before = next_token_quality(model, test, batch_size=32).loss
     points: dict[str, list[tuple[float, float]]] = {}
     per_site: list[float] = []
@@ -72,13 +79,13 @@ def main() -> None:
         pairs = []
         for rank, predicted, loss in truncated_losses(linear_at(model, site.name), statistics[site.name], model, test):
             pairs.append((predicted, loss - before))
-            details = context | {"site": site.name, "rank": rank, "predicted": predicted}
+            details = {"site": site.name, "rank": rank, "predicted": predicted}
             name = arguments.model.name
             rise = loss - before
-            records.append(Record(subject=name, name="measured_rise", value=rise, unit="nat/token", context=details))
+            records.append(here.record(name, "measured_rise", rise, "nat/token", **details))
         points.setdefault(site.kind, []).extend(pair for pair in pairs if pair[1] > 0)
         per_site.append(spearman(pairs))
-    report(arguments.model.name, records, points, sum(per_site) / len(per_site), context)
+    report(arguments.model.name, records, points, sum(per_site) / len(per_site), here)
 
 
 def truncated_losses(
@@ -86,16 +93,15 @@ def truncated_losses(
 ) -> Iterator[tuple[int, float, float]]:
     """Rank, predicted rise and loss with one layer truncated; the layer is put back afterwards."""
     W, b = matrix_of(linear)
-    transposed = type(linear).__name__ == "Conv1D"
     ordered = ordered_kfac(W, b, moments)
     for share in SHARES:
         rank = round(share * min(W.shape))
         factors = ordered.truncate(W, b, rank)
-        linear.weight.data = factors.product().T if transposed else factors.product()
+        set_matrix(linear, factors.product())
         if factors.bias is not None:
             linear.bias.data = factors.bias
         yield rank, factors.error, next_token_quality(model, test, batch_size=32).loss
-    linear.weight.data = W.T if transposed else W
+    set_matrix(linear, W)
     if b is not None:
         linear.bias.data = b
 
@@ -105,7 +111,7 @@ def report(
     records: list[Record],
     points: dict[str, list[tuple[float, float]]],
     within: float,
-    context: dict[str, Any],
+    here: Circumstances,
 ) -> None:
     """Write the records, draw the figure, print the correlations."""
     everything = [(r.context["predicted"], float(r.value or 0)) for r in records]
@@ -114,7 +120,7 @@ def report(
     ratio = float((logs[1] - logs[0]).median().exp())
     summary = [("rank_correlation_across_sites", across), ("mean_rank_correlation_within_sites", within)]
     summary += [("median_measured_over_predicted", ratio)]
-    records += [Record(subject=name, name=n, value=v, unit="1", context=context) for n, v in summary]
+    records += [here.record(name, n, v) for n, v in summary]
     output = ROOT / "benchmarks" / "results" / f"predicted_loss-{name}.jsonl"
     output.write_text("".join(record.to_json() + "\n" for record in records))
     (ROOT / "docs" / "figures").mkdir(exist_ok=True)

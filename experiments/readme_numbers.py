@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rankfold.record import Record
-from rankfold.report.figures import draw_points
+from rankfold.reports.figures import draw_points
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

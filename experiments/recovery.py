@@ -70,7 +70,7 @@ def main() -> None:
     for change in CHANGES:
         settings = {**CENTRE, **change}
         row = ", ".join(f"{name} {value}" for name, value in change.items()) or "centre"
-        context = {**subject.context, **settings}
+        context = subject.context.also(**settings)
         results.measure(subject.name, row, context, lambda s=settings: run(subject, starts[s["start"]], s))
 
 

@@ -22,9 +22,9 @@ def make(folder: Path, form: str = "pivoted") -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rankfold import allocate, compress, find_sites
+    from rankfold import compress
     from rankfold.checkpoint import load_tokenizer, save
-    from rankfold.demo import bundled_model
+    from rankfold.cli.demo import bundled_model
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer(bundled_model())
@@ -33,7 +33,7 @@ def make(folder: Path, form: str = "pivoted") -> None:
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=0, initializer_range=0.15,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    compress(model, allocate(find_sites(model).select(), keep=0.7, method="svd", allocation="parity", form=form))
+    compress(model, keep=0.7, method="svd", allocation="parity", form=form)
     save(model, tokenizer, folder, overwrite=True)
     ids = tokenizer(PROMPT, return_tensors="pt")
     generated = model.generate(**ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -9,11 +9,16 @@ from rankfold.registration import register
 
 if TYPE_CHECKING:
     from rankfold.allocation import allocate
-    from rankfold.calibration import calibrate
-    from rankfold.compression import compress, compress_blocks, compress_in_rounds
+    from rankfold.calibration import Statistics, calibrate
+    from rankfold.checkpoint import load, save
+    from rankfold.compression import factorize
     from rankfold.errors import InputError
+    from rankfold.measurement import measure
+    from rankfold.pipeline import compress
     from rankfold.plan import Option, Plan
-    from rankfold.record import Record
+    from rankfold.record import Record, Records
+    from rankfold.recovery import recover
+    from rankfold.reports import report
     from rankfold.sites import Site, Sites, find_sites
 
 __version__ = "0.1.0"
@@ -25,29 +30,41 @@ __all__ = [
     "Option",
     "Plan",
     "Record",
+    "Records",
     "Site",
     "Sites",
+    "Statistics",
     "allocate",
     "calibrate",
     "compress",
-    "compress_blocks",
-    "compress_in_rounds",
+    "factorize",
     "find_sites",
+    "load",
+    "measure",
+    "recover",
+    "report",
+    "save",
 ]
 
 _ROOMS = {
     "allocate": "allocation",
     "calibrate": "calibration",
-    "compress": "compression",
-    "compress_blocks": "compression",
-    "compress_in_rounds": "compression",
+    "compress": "pipeline",
+    "factorize": "compression",
+    "find_sites": "sites",
     "InputError": "errors",
+    "load": "checkpoint",
+    "measure": "measurement",
     "Option": "plan",
     "Plan": "plan",
     "Record": "record",
+    "Records": "record",
+    "recover": "recovery",
+    "report": "reports",
+    "save": "checkpoint",
     "Site": "sites",
     "Sites": "sites",
-    "find_sites": "sites",
+    "Statistics": "calibration",
 }
 """Where a name lives. Rooms are opened when they are asked for, since torch and transformers take seconds."""
 

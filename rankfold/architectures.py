@@ -16,7 +16,16 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rankfold.errors import InputError
-from rankfold.modules import Factorized, FactorizedLinear, LinearStack, SpQRLinear, restack
+from rankfold.modules import (
+    FORMS,
+    QUANTIZERS,
+    Factorized,
+    FactorizedLinear,
+    LinearStack,
+    QuantizedLinear,
+    is_transposed,
+    restack,
+)
 from rankfold.plan import Plan
 from rankfold.registration import PREFIX
 
@@ -41,10 +50,12 @@ _MODULE_FILES = (
     "low_rank_linear",
     "tucker_linear",
     "pivoted_linear",
+    "quantized_linear",
     "spqr_linear",
     "linear_stack",
     "adaptive_linear",
     "joint_linear",
+    "linear",
     "install",
 )
 
@@ -134,7 +145,7 @@ def release(model: Any) -> None:
     """
     stock = stock_class(type(model))
     _dequantize_factors(model)
-    made = (FactorizedLinear, SpQRLinear)
+    made = (FactorizedLinear, QuantizedLinear)
     factorized = {path: module for path, module in model.named_modules() if isinstance(module, made)}
     biases = {f"{path}.bias" for path, module in factorized.items() if module.bias is not None}
     config, pattern = _pattern_with(stock, model.config, biases)
@@ -142,7 +153,7 @@ def release(model: Any) -> None:
         linear = module.to_dense()
         dense: nn.Module = linear
         owner = model.get_submodule(path.rpartition(".")[0])
-        if not isinstance(owner, LinearStack) and type(pattern.get_submodule(path)).__name__ == "Conv1D":
+        if not isinstance(owner, LinearStack) and is_transposed(pattern.get_submodule(path)):
             dense = to_conv1d(linear)
         model.set_submodule(path, dense)
     restack(model)
@@ -165,7 +176,7 @@ def _dequantize_factors(model: nn.Module) -> None:
     """Turn quantized factors into linear layers, in place, so that factorized layers can be multiplied out."""
     for module in list(model.modules()):
         for name, part in list(module.named_children()) if isinstance(module, FactorizedLinear) else ():
-            if isinstance(part, SpQRLinear):
+            if isinstance(part, QuantizedLinear):
                 setattr(module, name, part.to_dense())
 
 
@@ -263,7 +274,10 @@ def modeling_code(stock: type[PretrainedConfig]) -> str:
     """
     models = list(dict.fromkeys(stock_models(stock).values()))
     names = ", ".join(sorted([stock.__name__, *(model.__name__ for model in models)]))
-    sources = [_definitions(name) for name in ("rankfold.errors", *(f"rankfold.modules.{n}" for n in _MODULE_FILES))]
+    *sources, last = (
+        _definitions(name) for name in ("rankfold.errors", *(f"rankfold.modules.{n}" for n in _MODULE_FILES))
+    )
+    sources += [*_foreign_sources(), _tables(), last]
     config = f'class Rankfold{stock.__name__}({stock.__name__}):\n    model_type = "{PREFIX}{stock.model_type}"\n'
     classes = [
         f"class {made_name(model, stock)}(Factorized, {model.__name__}):\n    config_class = Rankfold{stock.__name__}\n"
@@ -278,6 +292,31 @@ def modeling_code(stock: type[PretrainedConfig]) -> str:
     autos = ", ".join(sorted(stock_models(stock)))
     imports = f"from transformers import {autos}\nfrom transformers import {names}\n"
     return "\n\n".join([_HEADER + imports, *sources, config, *classes, "\n".join(known) + "\n"])
+
+
+def _layers() -> tuple[dict[str, type[Any]], dict[str, type[Any]]]:
+    """The layers of all forms and of all quantizers that a plan can name."""
+    forms = {name: form.module for name, form in FORMS.items()}
+    return forms, {name: entry.module for name, entry in QUANTIZERS.items() if entry.module is not None}
+
+
+def _foreign_sources() -> list[str]:
+    """The source of layers that other packages offer: a checkpoint with them must load without those packages too."""
+    modules = dict.fromkeys(layer.__module__ for table in _layers() for layer in table.values())
+    return [_definitions(name) for name in modules if not name.startswith("rankfold.modules.")]
+
+
+def _tables() -> str:
+    """Which layer a plan's names stand for, as code."""
+
+    def written(table: dict[str, type[Any]]) -> str:
+        return "{" + ", ".join(f'"{name}": {layer.__name__}' for name, layer in table.items()) + "}"
+
+    forms, quantized = (written(table) for table in _layers())
+    return (
+        f"def module_of(form):\n    return {forms}[form]\n\n\n"
+        f"def quantized_module(scheme):\n    return {quantized}[scheme]\n"
+    )
 
 
 _HEADER = '''"""Loads this checkpoint without rankfold: AutoModel.from_pretrained(folder, trust_remote_code=True).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ def digest_of(model: Any) -> list[Any]:
         numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.append([name, list(part.shape), hashlib.sha256(numbers.tobytes()).hexdigest()])
     return digest
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def fingerprint(*parts: Any) -> str:

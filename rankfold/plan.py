@@ -9,7 +9,7 @@ from typing import Any
 
 from rankfold.errors import InputError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 """Version of the stored plan; a reader refuses a newer one instead of guessing."""
 
 DENSE = "dense"
@@ -27,8 +27,8 @@ class Option:
     """The factorization that fills it; empty when dense."""
     ranks: tuple[int, ...] = ()
     """One rank, or one per mode of the form (`tucker`: output mode, input mode); empty when dense."""
-    pivots: tuple[str, ...] = ()
-    """For `pivoted`, each site's pivot rows as a mask in hexadecimal, one bit a row."""
+    structure: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """What the form stores of each site besides numbers, such as the pivots of `pivoted` (`Form.structure`)."""
     bias: bool = False
     """Whether the module has a bias afterwards."""
     bits: int | None = None
@@ -39,12 +39,14 @@ class Option:
     """Bytes stored for these sites."""
     loss: float | None = None
     """Predicted rise of the loss in nats per token, where it was predicted."""
-    seconds: float | None = None
-    """Predicted seconds per call, where they were predicted."""
     shrinkage: float | None = None
     """How far the inverted moment was drawn towards a multiple of the identity, 0 to 1: the most of its sites."""
     note: str = ""
     """Why, where that is not obvious: for example why a site stays dense."""
+
+    def __hash__(self) -> int:
+        """By sites, form and ranks: what tells the options of one plan apart."""
+        return hash((self.sites, self.form, self.ranks))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, ready for JSON."""
@@ -55,11 +57,15 @@ class Option:
     def from_dict(cls, data: Mapping[str, Any]) -> Option:
         """The inverse of `to_dict`."""
         known = {**data, "sites": tuple(data["sites"]), "ranks": tuple(data.get("ranks", ()))}
-        known["pivots"] = tuple(data.get("pivots", ()))
+        # Version 1 knew pivots alone, and predicted seconds that nothing predicted.
+        pivots = known.pop("pivots", None)
+        known.pop("seconds", None)
+        structure = data.get("structure") or ({"pivots": pivots} if pivots else {})
+        known["structure"] = {name: tuple(texts) for name, texts in structure.items()}
         return cls(**known)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
     """The chosen option of every site, and how it came about: enough to repeat it.
 
@@ -84,6 +90,24 @@ class Plan:
     """Corpus, its SHA-256, sequences, tokens: what the statistics were measured on; empty without data."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of rankfold and of the libraries that made it."""
+
+    def __repr__(self) -> str:
+        """A line for the whole, and one for each kind of site: how many, in which form, at which ranks."""
+        asked = f"keep {self.keep:g}" if self.keep is not None else f"rank {self.rank}" if self.rank else "given"
+        loss = "" if self.predicted_loss is None else f", predicted rise {self.predicted_loss:.4g} nat/token"
+        lines = [
+            f"Plan: {self.method}, {self.allocation}, {asked}: {len(self.factorized)} of {len(self.options)} options "
+            f"factorized, {self.parameters:,} parameters{loss}"
+        ]
+        kinds: dict[tuple[str, str], list[int]] = {}
+        for option in self.options:
+            for name in option.sites:
+                kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+                kinds.setdefault((kind, option.form), []).extend(option.ranks[:1] or [0])
+        for (kind, form), ranks in kinds.items():
+            shown = f"ranks {min(ranks)} to {max(ranks)}" if max(ranks) > min(ranks) else f"rank {max(ranks)}"
+            lines.append(f"  {kind:<44} {len(ranks):>4} x {form}" + (f", {shown}" if form != DENSE else ""))
+        return "\n".join(lines)
 
     @property
     def parameters(self) -> int:
@@ -138,32 +162,3 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """The inverse of `to_json`."""
         return cls.from_dict(json.loads(text))
-
-
-def stored_parameters(form: str, out_features: int, in_features: int, ranks: tuple[int, ...], bias: bool) -> int:
-    """Numbers that one matrix needs in a form (docs/mathematics.md, eq. 1).
-
-    >>> stored_parameters("low_rank", 100, 50, (10,), bias=True)
-    1600
-    """
-    if form == DENSE:
-        weights = out_features * in_features
-    elif form == "low_rank":
-        weights = ranks[0] * (out_features + in_features)
-    elif form == "tucker":
-        rank_out, rank_in = ranks
-        weights = out_features * rank_out + rank_out * rank_in + rank_in * in_features
-    elif form == "pivoted":
-        weights = ranks[0] * (out_features + in_features - ranks[0])
-    else:
-        raise InputError(f"A form must be `dense`, `low_rank`, `tucker` or `pivoted`, but got {form!r}.")
-    return weights + out_features * bias
-
-
-def mask_bytes(form: str, out_features: int) -> int:
-    """Bytes that a form stores besides its numbers: which rows are pivots, one bit each, in hexadecimal.
-
-    >>> mask_bytes("pivoted", 100), mask_bytes("low_rank", 100)
-    (26, 0)
-    """
-    return 2 * -(-out_features // 8) if form == "pivoted" else 0

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,11 @@ class Record:
     context: Mapping[str, Any] = field(default_factory=dict)
     """Hardware, versions, data, seed and whatever else the number depends on."""
 
+    @property
+    def is_difference(self) -> bool:
+        """Whether the value is that of one model minus that of another, which the context names as `minus`."""
+        return "minus" in self.context
+
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(asdict(self), allow_nan=False)
@@ -40,6 +43,32 @@ class Record:
     def from_json(cls, line: str) -> Record:
         """The inverse of `to_json`."""
         return cls(**json.loads(line))
+
+
+class Records(list[Record]):
+    """Observations of one measurement, shown as a short table."""
+
+    def write(self, path: str | Path) -> Path:
+        """Write one record a line, as `rankfold report` and `Records.read` take them."""
+        file = Path(path)
+        file.write_text("".join(record.to_json() + "\n" for record in self))
+        return file
+
+    @classmethod
+    def read(cls, path: str | Path) -> Records:
+        """The records of a file."""
+        return cls(map(Record.from_json, Path(path).read_text().splitlines()))
+
+    def __repr__(self) -> str:
+        """A line for each record: subject, what, value and error."""
+        lines = [f"{len(self)} records"]
+        for record in self:
+            value = "unavailable" if record.value is None else f"{record.value:,.6g}"
+            error = "" if record.error is None else f" ± {record.error:.2g}"
+            minus = f" minus {record.context['minus']}" if record.is_difference else ""
+            unit = "" if record.unit == "1" else f" {record.unit}"
+            lines.append(f"  {record.subject + minus:<24} {record.name:<24} {value}{error}{unit}")
+        return "\n".join(lines)
 
 
 def whole_lines(file: Path) -> list[str]:
@@ -56,10 +85,5 @@ def whole_lines(file: Path) -> list[str]:
 
 def value_of(records: Iterable[Record], subject: str, name: str) -> float | int | None:
     """The value of the first record with this subject and name, or `None`."""
-    return next((record.value for record in records if (record.subject, record.name) == (subject, name)), None)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a result depends on."""
-    packages = {name: version(name) for name in ("rankfold", "torch", "transformers")}
-    return {"python": platform.python_version(), **packages}
+    found = (r for r in records if (r.subject, r.name) == (subject, name) and not r.is_difference)
+    return next((record.value for record in found), None)

@@ -138,7 +138,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise InputError(f"{target}: the output folder exists and is not empty. Choose another, or pass --overwrite.")
+        raise InputError(f"{target}: the output folder exists and is not empty. Choose another, or pass `overwrite`.")
     if not any((target / name).exists() for name in ("config.json", "adapter_config.json")):
         raise InputError(
             f"{target}: only a model folder is overwritten, and this one has no config.json. Choose another."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rankfold import Option, Plan, Record
-from rankfold.plan import PLAN_VERSION, stored_parameters
+from rankfold.modules import stored_parameters
+from rankfold.plan import PLAN_VERSION
 from rankfold.record import value_of
 
 PLAN = Plan(

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import ast
 import re
 
 from conftest import ROOT
 
 
-def tree_of_the_readme() -> dict[str, str]:
-    """Path and comment of every line of the README's tree."""
-    block = re.search(r"```\nrankfold/\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert block
-    found, folders = {}, []
-    for line in block.group(1).splitlines():
-        depth = (len(line) - len(line.lstrip())) // 2 - 1
-        name, _, comment = line.strip().partition("  ")
-        folders[depth:] = [name.rstrip("/")]
-        found["/".join(folders)] = comment.strip()
-    return found
+def test_the_page_on_architecture_is_that_of_the_modules() -> None:
+    from architecture_page import page
 
-
-def tree_of_the_package() -> dict[str, str]:
-    """Path and docstring of every module; a folder has that of its `__init__`."""
-    found = {}
-    for path in (ROOT / "rankfold").rglob("*.py"):
-        docstring = ast.get_docstring(ast.parse(path.read_text()))
-        relative = path.relative_to(ROOT / "rankfold")
-        name = str(relative.parent) if path.name == "__init__.py" else str(relative)
-        if name != ".":
-            found[name] = docstring or ""
-    return found
-
-
-def test_the_tree_is_that_of_the_modules() -> None:
-    assert tree_of_the_readme() == tree_of_the_package()
+    assert (ROOT / "docs" / "architecture.md").read_text() == page()
 
 
 def test_every_module_docstring_is_one_sentence() -> None:
-    for path, docstring in tree_of_the_package().items():
+    from architecture_page import modules
+
+    for path, docstring in modules().items():
         assert docstring.endswith("."), path
         assert "\n" not in docstring, path
 

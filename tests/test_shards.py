@@ -76,7 +76,7 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_when_whole(tmp_
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("x")
-    with pytest.raises(ValueError, match="exists and is not empty.*--overwrite"), whole_folder(target):
+    with pytest.raises(ValueError, match="exists and is not empty.*`overwrite`"), whole_folder(target):
         pass
     with pytest.raises(ValueError, match="only a model folder is overwritten"), whole_folder(target, overwrite=True):
         pass
@@ -165,11 +165,11 @@ def test_a_full_disk_leaves_nothing() -> None:
         if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]).returncode:
             raise SystemExit(77)
         import tiny
-        from rankfold import allocate, compress, find_sites
+        from rankfold import allocate, factorize, find_sites
         from rankfold.checkpoint import save
         model = tiny.build("llama")
         model.register_buffer("large", torch.zeros(1_000_000))
-        compress(model, allocate(find_sites(model).select(), keep=0.5, method="svd"))
+        factorize(model, allocate(find_sites(model).select(), keep=0.5, method="svd"))
         try:
             save(model, None, mount / "out")
         except ValueError as error:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from rankfold.allocation.ranks import BudgetError, dense_option, groups, option_at, round_rank
-from rankfold.plan import DENSE, Option
-from rankfold.sites import Site
+from rankfold.allocation.options import Allowance, BudgetError, Choice, Price, SiteOptions, lowest
 
 FLOOR = 1 / 64
 """Least share of its full rank that a site keeps, so that a wrong prediction destroys none."""
@@ -20,28 +17,8 @@ FLOOR = 1 / 64
 CANDIDATES = 256
 """Ranks that are tried at each site: of a matrix of full rank 4096 every sixteenth."""
 
-Price = Callable[[Option], float]
-"""What an option costs in the unit of the budget."""
 
-
-class Choice(NamedTuple):
-    """The chosen options, and what no choice within the budget can fall below."""
-
-    options: tuple[Option, ...]
-    bound: float
-    """Lower bound of the sum of predicted losses, from the linear relaxation."""
-
-
-def knapsack(
-    sites: Sequence[Site],
-    form: str,
-    *,
-    budget: float,
-    losses: Mapping[str, Sequence[float]],
-    price: Price,
-    multiple: int = 1,
-    adds_bias: bool = False,
-) -> Choice:
+def knapsack(sites: Sequence[SiteOptions], allowance: Allowance) -> Choice:
     """Minimum predicted loss within one budget, each site choosing among its ranks and staying dense.
 
     A multiple-choice knapsack. The lower convex hull of every site's (price, loss) pairs is walked in the order of
@@ -49,29 +26,24 @@ def knapsack(
     the budget is spent greedily on whatever still fits. The relaxation's value is the bound.
 
     Args:
-        sites: Sites to decide on; the slices of one stack of experts get one rank.
-        form: The form of the factorized sites.
-        budget: What all options together may cost, in the unit of `price`.
-        losses: Predicted loss of each site at every rank from 0 to full; sites without an entry stay dense.
-        price: Parameters, bytes or seconds of an option.
-        multiple: Ranks are multiples of this, or below it.
-        adds_bias: Whether the method gives a bias to sites that have none.
+        sites: What each site can become, with predicted losses.
+        allowance: What all of them together may cost.
 
     Raises:
         ValueError: If even the smallest allowed ranks cost more than the budget.
     """
-    # Of a stack of experts those without a prediction stay dense, and are priced so.
-    parts = [[s for s in group if (s.name in losses) == known] for group in groups(sites) for known in (True, False)]
-    ladders = [_ladder(part, form, losses, price, multiple, adds_bias) for part in parts if part]
+    ladders = [_ladder(options, allowance.price) for options in sites]
+    budget = allowance.limit(sites)
     least = float(sum(ladder.prices[0] for ladder in ladders))
     if least > budget:
         raise BudgetError(
             f"The budget must allow at least {_plain(least)}, the price of the smallest rank of every site "
-            f"({FLOOR:.1%} of its full rank), but is {_plain(float(budget))}. Raise it, or choose fewer sites."
+            f"({FLOOR:.1%} of its full rank), but is {_plain(budget)}. Raise it, or choose fewer sites."
         )
     chosen, spent, bound = _climb(ladders, budget)
     _fill(ladders, chosen, budget - spent)
-    return Choice(tuple(ladder.option(index) for ladder, index in zip(ladders, chosen, strict=True)), max(bound, 0.0))
+    options = (site.option(ladder.positions[index]) for site, ladder, index in zip(sites, ladders, chosen, strict=True))
+    return Choice(tuple(options), max(bound, 0.0))
 
 
 def _plain(price: float) -> str:
@@ -80,49 +52,36 @@ def _plain(price: float) -> str:
 
 
 class _Ladder(NamedTuple):
-    """The undominated choices of one group: prices rise, losses fall."""
+    """The undominated options of one site: prices rise, losses fall."""
 
     prices: np.ndarray
     losses: np.ndarray
-    ranks: list[int | None]
-    option_at: Callable[[int | None], Option]
-
-    def option(self, index: int) -> Option:
-        return replace(self.option_at(self.ranks[index]), loss=float(self.losses[index]))
+    positions: list[int]
 
 
-def _ladder(
-    group: Sequence[Site],
-    form: str,
-    losses: Mapping[str, Sequence[float]],
-    price: Price,
-    multiple: int,
-    adds_bias: bool,
-) -> _Ladder:
-    full = min(group[0].out_features, group[0].in_features)
-    known = [losses[site.name] for site in group if site.name in losses]
-
-    def option_of(rank: int | None) -> Option:
-        if rank is None:
-            return dense_option(group, "" if known else "no calibration token reached it, or no gradient")
-        return option_at(form, group, rank, adds_bias)
-
-    least = min(max(1, math.ceil(FLOOR * full)), full)
-    tried = range(least, full, max(1, full // CANDIDATES))
-    ranks = sorted({round_rank(rank, multiple) for rank in tried}) if known else []
-    total = np.sum([np.asarray(values, dtype=float) for values in known], axis=0) if known else np.zeros(full + 1)
-    options = [(option_of(rank), rank, float(total[rank])) for rank in ranks]
-    pairs: list[tuple[float, float, int | None]] = [
-        (price(option), loss, rank) for option, rank, loss in options if option.form != DENSE
-    ]
-    pairs.append((price(option_of(None)), 0.0, None))
-    kept: list[tuple[float, float, int | None]] = []
-    for cost, loss, rank in sorted(pairs, key=lambda pair: pair[:2]):
-        if not kept or loss < kept[-1][1]:
-            kept.append((cost, loss, rank))
-    return _Ladder(
-        np.array([p for p, _, _ in kept]), np.array([v for _, v, _ in kept]), [r for _, _, r in kept], option_of
+def _ladder(options: SiteOptions, price: str | Price) -> _Ladder:
+    assert options.losses is not None, "a knapsack compares predicted losses"
+    dense = len(options.shares) - 1
+    step = max(1, options.full_rank // CANDIDATES)
+    tried = np.arange(lowest(options, FLOOR), dense)
+    # Every so many ranks, as many as are listed where a multiple thins them out already.
+    ranks = np.rint(options.shares[tried] * options.full_rank).astype(int)
+    first = ranks[0] if len(ranks) else 0
+    thinned = [int(position) for position in tried[np.unique((ranks - first) // step, return_index=True)[1]]]
+    positions = [*thinned, dense]
+    offered = replace(
+        options,
+        shares=options.shares[positions],
+        parameters=options.parameters[positions],
+        bytes=options.bytes[positions],
+        make=lambda index: options.make(positions[index]),
     )
+    prices, losses = offered.prices(price), options.losses[positions]
+    kept: list[int] = []
+    for index in np.lexsort((losses, prices)).tolist():
+        if not kept or losses[index] < losses[kept[-1]]:
+            kept.append(index)
+    return _Ladder(prices[kept], losses[kept], [positions[index] for index in kept])
 
 
 def _hull(ladder: _Ladder) -> list[int]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rankfold.allocation.ranks import BudgetError, groups, option_at, round_rank
-from rankfold.plan import Option
-from rankfold.sites import Site
+import numpy as np
+
+from rankfold.allocation.options import Allowance, BudgetError, Choice, SiteOptions, least
 
 
-def parity(
-    sites: Sequence[Site], form: str, *, keep: float | None, rank: int | None, multiple: int, adds_bias: bool
-) -> tuple[Option, ...]:
+def parity(sites: Sequence[SiteOptions], allowance: Allowance) -> Choice:
     """One option for each site: a common fraction of the full rank, as large as the budget of all sites allows.
 
     A matrix of aspect ratio `a = min / max` must lose `a / (1 + a)` of its rank before a factorization is smaller
@@ -19,44 +17,54 @@ def parity(
     docs/mathematics.md, eq. 7). So wide matrices are factorized first and square ones stay dense longest.
 
     Args:
-        sites: Sites to decide on.
-        form: The form of the factorized sites.
-        keep: Fraction of the parameters of all sites together to keep.
-        rank: The rank of all sites, instead of `keep`; sites above their break-even rank stay dense.
-        multiple: Ranks are lowered to a multiple of this.
-        adds_bias: Whether the method gives a bias to sites that have none.
+        sites: What each site can become.
+        allowance: What all of them together may keep.
 
     Raises:
-        ValueError: If even rank 1 everywhere needs more than the budget, or `rank` is past a site's limit.
+        ValueError: If even rank 1 everywhere needs more than the budget.
     """
-    if rank is not None:
-        return tuple(option_at(form, group, round_rank(rank, multiple), adds_bias) for group in groups(sites))
-    assert keep is not None
-    budget = keep * sum(site.parameters for site in sites)
+    prices = [options.prices(allowance.price) for options in sites]
+    limit = allowance.limit(sites)
 
-    def options_at(fraction: float) -> tuple[Option, ...]:
-        return tuple(
-            option_at(form, group, round_rank(max(1, int(fraction * _full_rank(group))), multiple), adds_bias)
-            for group in groups(sites)
-        )
+    def positions(fraction: float) -> list[int]:
+        return [_position(options, fraction) for options in sites]
 
-    if _stored(options_at(1.0)) <= budget:
-        return options_at(1.0)
+    def cost(fraction: float) -> float:
+        chosen = positions(fraction)
+        return float(sum(column[position] for column, position in zip(prices, chosen, strict=True)))
+
     low, high = 0.0, 1.0
-    if _stored(options_at(low)) > budget:
+    if cost(high) <= limit:
+        low = high
+    elif cost(low) > limit:
+        total = sum(options.parameters[-1] for options in sites)
         raise BudgetError(
-            f"Keeping {keep:g} of {sum(site.parameters for site in sites)} parameters leaves no room for rank 1 "
-            f"everywhere, which needs {_stored(options_at(low))}. Raise --keep, or choose fewer sites."
+            f"Keeping {allowance.keep:g} of {total:.0f} parameters leaves no room for rank 1 everywhere, which needs "
+            f"{least(sites, allowance.price):.0f}. Raise keep, or choose fewer sites."
         )
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _stored(options_at(middle)) <= budget else (low, middle)
-    return options_at(low)
+    else:
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(middle) <= limit else (low, middle)
+    chosen = zip(sites, positions(low), strict=True)
+    return Choice(tuple(options.option(position, _note(options, position, low)) for options, position in chosen))
 
 
-def _full_rank(group: Sequence[Site]) -> int:
-    return min(group[0].out_features, group[0].in_features)
+def _asked(options: SiteOptions, fraction: float) -> int:
+    return max(1, int(fraction * options.full_rank))
 
 
-def _stored(options: Sequence[Option]) -> int:
-    return sum(option.parameters for option in options)
+def _position(options: SiteOptions, fraction: float) -> int:
+    """Of the rank at a fraction of the full rank, lowered to one that is offered; dense where that is past all."""
+    dense = len(options.shares) - 1
+    share = _asked(options, fraction) / options.full_rank
+    if dense == 0 or share > options.shares[dense - 1] + 1e-12:
+        return dense
+    return max(0, int(np.searchsorted(options.shares[:dense], share + 1e-12)) - 1)
+
+
+def _note(options: SiteOptions, position: int, fraction: float) -> str:
+    if position < len(options.shares) - 1 or position == 0:
+        return ""
+    largest = round(options.shares[-2] * options.full_rank)
+    return f"rank {_asked(options, fraction)} would store more than the dense matrix (break-even rank {largest})"

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from rankfold.errors import InputError
-from rankfold.plan import Option, mask_bytes, stored_parameters
+from rankfold.modules import form_at, largest_rank, stored_bytes, stored_parameters
+from rankfold.plan import Option
 from rankfold.sites import Site
 
 
-class BudgetError(InputError):
-    """A budget below what the smallest allowed ranks need."""
-
-
 def rank_within(form: str, site: Site, budget: int, bias: bool) -> int:
-    """Largest rank whose form needs at most `budget` numbers, bias included; below 1 where none does.
+    """Largest rank whose form needs at most `budget` numbers, bias included; 0 where none does.
 
     >>> site = Site("up", 100, 50, False, 4, None, "up", "up")
     >>> rank_within("low_rank", site, budget=1600, bias=True), rank_within("tucker", site, budget=1600, bias=True)
     (10, 9)
     """
-    sides = site.out_features + site.in_features
-    weights = budget - site.out_features * bias
-    root = math.isqrt(max(sides**2 + 4 * weights, 0))
-    if form == "pivoted":
-        # r (m + n) - r^2 within the budget; all of it where the budget is the dense matrix or more.
-        dense = site.out_features * site.in_features
-        rank = (sides - math.isqrt(max(sides**2 - 4 * weights - 1, -1) + 1)) // 2 if weights < dense else sides
-        rank -= rank * (sides - rank) > weights
-    else:
-        rank = weights // sides if form == "low_rank" else (root - sides) // 2
-    return min(rank, site.out_features, site.in_features)
+    return largest_rank(form, site.out_features, site.in_features, budget - site.out_features * bias)
 
 
 def break_even_rank(form: str, site: Site, bias: bool) -> int:
@@ -66,21 +52,26 @@ def option_at(form: str, group: Sequence[Site], rank: int, bias: bool) -> Option
     if not 1 <= rank <= limit:
         raise InputError(
             f"{site.name}: rank must lie between 1 and min(out, in) = {limit}, but got {rank} for a matrix of shape "
-            f"({site.out_features}, {site.in_features}). Change --rank, or pass --keep to let the allocation choose it."
+            f"({site.out_features}, {site.in_features}). Give another rank, or `keep` to let the allocation choose it."
         )
     bias = site.bias or bias
     break_even = break_even_rank(form, site, bias)
     if rank > break_even:
         return dense_option(group, f"rank {rank} would store more than the dense matrix (break-even rank {break_even})")
-    ranks = (rank, rank) if form == "tucker" else (rank,)
-    each = stored_parameters(form, site.out_features, site.in_features, ranks, bias)
+    return factorized_option(form, group, rank, bias)
+
+
+def factorized_option(form: str, group: Sequence[Site], rank: int, bias: bool) -> Option:
+    """The option to give every site of a group this rank, whether that pays or not."""
+    site = group[0]
+    ranks, shape = form_at(form).at(rank), (site.out_features, site.in_features)
     return Option(
         sites=tuple(site.name for site in group),
         form=form,
         ranks=ranks,
         bias=bias,
-        parameters=each * len(group),
-        bytes=(each * site.bytes_per_parameter + mask_bytes(form, site.out_features)) * len(group),
+        parameters=stored_parameters(form, *shape, ranks, bias) * len(group),
+        bytes=stored_bytes(form, shape, ranks, bias, site.bytes_per_parameter) * len(group),
     )
 
 

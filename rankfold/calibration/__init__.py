@@ -7,6 +7,7 @@ from rankfold.calibration.corpora import (
     calibration_windows,
     check_length,
     dataset_rows,
+    default_length,
     load_corpus,
     make_batches,
     max_length,
@@ -15,10 +16,19 @@ from rankfold.calibration.corpora import (
     split_windows,
     token_stream,
 )
-from rankfold.calibration.losses import IGNORED, LABELS, Loss, masked_batches, summed_loss
+from rankfold.calibration.losses import (
+    IGNORED,
+    LABELS,
+    Loss,
+    masked_batches,
+    summed_loss,
+    usual_labels,
+    usual_loss,
+)
 from rankfold.calibration.moments import BlockMoments, MomentAccumulator, calibrate, calibrate_blocks
 from rankfold.calibration.overlap import overlap
-from rankfold.calibration.walk import BlockStep, walk_blocks, walk_blocks_back
+from rankfold.calibration.statistics import Statistics, is_reached, predicted_losses
+from rankfold.calibration.walk import BlockStep, walk_blocks, walk_blocks_back, walk_body, without_labels
 
 __all__ = [
     "BUNDLED",
@@ -29,22 +39,30 @@ __all__ = [
     "Corpus",
     "Loss",
     "MomentAccumulator",
+    "Statistics",
     "calibrate",
     "calibrate_blocks",
     "calibration_batches",
     "calibration_windows",
     "check_length",
     "dataset_rows",
+    "default_length",
+    "is_reached",
     "load_corpus",
     "make_batches",
     "masked_batches",
     "max_length",
     "overlap",
+    "predicted_losses",
     "random_windows",
     "special_tokens",
     "split_windows",
     "summed_loss",
     "token_stream",
+    "usual_labels",
+    "usual_loss",
     "walk_blocks",
     "walk_blocks_back",
+    "walk_body",
+    "without_labels",
 ]

@@ -167,11 +167,11 @@ def random_windows(
 def _inner_length(stream: Tensor, length: int, begin: int | None, end: int | None) -> int:
     inner = length - (begin is not None) - (end is not None)
     if inner < 1:
-        raise InputError(f"A window must hold a token between its special ones, but is only {length} long (--length).")
+        raise InputError(f"A window must hold a token between its special ones, but is only {length} long (`length`).")
     if len(stream) < inner:
         raise InputError(
             f"A corpus must fill at least one window of {length} tokens, but holds {len(stream)}. "
-            "Take more text, or shorter windows (--length)."
+            "Take more text, or shorter windows (`length`)."
         )
     return inner
 
@@ -201,6 +201,11 @@ def max_length(config: Any) -> int | None:
     # RoBERTa counts its positions from the padding token on.
     offset = (config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0
     return None if limit is None else limit - offset
+
+
+def default_length(config: Any) -> int:
+    """Tokens of a window: 512, or fewer where the model reads fewer."""
+    return min(512, max_length(config) or 512)
 
 
 def make_batches(model: Any, windows: Int[Tensor, "windows length"], batch_size: int = 8) -> list[dict[str, Tensor]]:

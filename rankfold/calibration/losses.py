@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,16 @@ def summed_loss(model: Any, labels: str = "text", seed: int = 0) -> Loss:
         return _cross_entropy(scores, targets.flatten())
 
     return loss
+
+
+def usual_labels(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """Where labels come from if nobody says: the text where it holds them, otherwise the model."""
+    return "text" if model.can_generate() or any("labels" in batch for batch in batches) else "sampled"
+
+
+def usual_loss(model: Any, batches: Sequence[Mapping[str, Tensor]], seed: int = 0) -> Loss:
+    """The loss whose gradients weigh a model's outputs if nobody says which."""
+    return summed_loss(model, usual_labels(model, batches), seed)
 
 
 def _cross_entropy(scores: Float[Tensor, "rows classes"], targets: Int[Tensor, " rows"]) -> Tensor:

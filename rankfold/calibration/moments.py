@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -10,18 +10,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rankfold.calibration.losses import Loss
+from rankfold.calibration.losses import Loss, usual_loss
+from rankfold.calibration.statistics import Statistics
 from rankfold.calibration.walk import (
     BlockStep,
     embeddings_with_gradients,
     is_chain,
     walk_blocks,
     walk_blocks_back,
+    walk_body,
     without_cache,
+    without_labels,
 )
 from rankfold.errors import InputError
-from rankfold.factorization import Moments, SiteMoments
+from rankfold.factorization import METHODS, Moments, SiteMoments
 from rankfold.modules import linear_at, restack, use_eager_experts
+from rankfold.progress import Step, no_step
 from rankfold.sites import Site
 
 _CHUNK = 1024
@@ -62,7 +66,7 @@ class MomentAccumulator:
         if not bool(torch.isfinite(second).all()):
             raise InputError(
                 "The values and gradients that flow through this layer must be finite, but some are NaN or infinite. "
-                "Check that the weights are finite, and load a float16 model with --dtype bfloat16 or float32."
+                "Check that the weights are finite, and load a float16 model with `dtype` bfloat16 or float32."
             )
         return Moments(self.count, self._sum / count, second, float(self._fourth) / count, self._third / count)
 
@@ -79,10 +83,12 @@ def calibrate(
     model: Any,
     sites: Sequence[Site],
     batches: Iterable[Mapping[str, Tensor]],
-    on_batch: Callable[[], None] = lambda: None,
+    *,
+    method: str = "kfac",
     loss: Loss | None = None,
-) -> dict[str, SiteMoments]:
-    """Moments of all sites at once.
+    on_step: Step = no_step,
+) -> Statistics:
+    """Moments of all sites at once, as a method needs them.
 
     For models whose moments fit into memory together; `calibrate_blocks` gives them block by block.
 
@@ -90,30 +96,35 @@ def calibrate(
         model: The model, which is left as it was.
         sites: Sites to measure.
         batches: Keyword arguments of the model's forward call, without padding.
-        on_batch: Called after each batch has passed a block.
-        loss: Where given (`summed_loss`), its gradients are followed back, and their moments measured too.
+        method: A key of `rankfold.factorization.METHODS`: where it needs gradients, those of `usual_loss` are
+            followed back, and their moments measured too.
+        loss: Another loss (`summed_loss`), whose gradients are measured whatever the method needs.
+        on_step: Called after each batch has passed a block.
 
     Returns:
         Moments by the name of the site; sites that read the same input share one object.
 
     Raises:
-        ValueError: If there is no batch or a value is not finite.
+        ValueError: If there is no batch, the method is unknown, or a value is not finite.
     """
+    batches = list(batches)
+    if loss is None and METHODS[method].needs_gradients:
+        loss = usual_loss(model, batches)
     implementation = getattr(model.config, "_experts_implementation", None)
-    statistics: dict[str, SiteMoments] = {}
-    for block in calibrate_blocks(model, sites, batches, on_batch, loss):
-        statistics.update(block.moments)
+    moments: dict[str, SiteMoments] = {}
+    for block in calibrate_blocks(model, sites, batches, on_step, loss):
+        moments.update(block.moments)
     restack(model)
     if implementation:
         model.config._experts_implementation = implementation
-    return statistics
+    return Statistics(model, sites, moments)
 
 
 def calibrate_blocks(
     model: Any,
     sites: Sequence[Site],
     batches: Iterable[Mapping[str, Tensor]],
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
     loss: Loss | None = None,
 ) -> Iterator[BlockMoments]:
     """Moments block after block, each free to be dropped before the next is measured.
@@ -145,9 +156,9 @@ def calibrate_blocks(
         stack.enter_context(outer.watching(model))
         if loss is not None and not chain:
             # Not one chain of blocks: the graph is built whole, one batch at a time.
-            _backpropagate(model, [*observers.values()], batches, loss, on_batch)
+            _backpropagate(model, [*observers.values()], batches, loss, on_step)
             visits = {}
-        for block, step in _steps(model, list(by_block), batches, on_batch, loss) if visits else ():
+        for block, step in _steps(model, list(by_block), batches, on_step, loss) if visits else ():
             if block not in observers:
                 continue
             with observers[block].watching(model):
@@ -164,7 +175,7 @@ def _backpropagate(
     observers: Sequence[_Observer],
     batches: Iterable[Mapping[str, Tensor]],
     loss: Loss,
-    on_batch: Callable[[], None],
+    on_step: Step,
 ) -> None:
     """Ordinary backpropagation from the loss to the embeddings, all observers watching."""
     with ExitStack() as stack, torch.enable_grad(), embeddings_with_gradients(model), without_cache(model):
@@ -172,27 +183,28 @@ def _backpropagate(
             stack.enter_context(observer.watching(model))
         for batch in batches:
             loss(model(**batch), batch).backward()  # type: ignore[no-untyped-call]
-            on_batch()
+            on_step()
 
 
 def _steps(
     model: Any,
     blocks: Sequence[str | None],
     batches: Sequence[Mapping[str, Tensor]],
-    on_batch: Callable[[], None],
+    on_step: Step,
     loss: Loss | None,
 ) -> Iterator[tuple[str, BlockStep]]:
     """The walk that serves: through the body only where no head is measured, and back where there is a loss."""
     if loss is not None:
-        for step in walk_blocks_back(model, batches, loss, on_batch):
+        for step in walk_blocks_back(model, batches, loss, on_step):
             yield step.path, step
         return
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    inside = all(block is not None and block.startswith(prefix) for block in blocks)
-    runner, prefix = (model.base_model, prefix) if inside else (model, "")
-    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-    for step in walk_blocks(runner, read, on_batch):
-        yield prefix + step.path, step
+    if all(block is not None and block.startswith(prefix) for block in blocks):
+        walk = walk_body(model, batches, on_step)
+    else:
+        walk = walk_blocks(model, without_labels(batches), on_step)
+    for step in walk:
+        yield step.path, step
 
 
 @contextmanager

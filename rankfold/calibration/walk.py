@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from rankfold.errors import InputError
+from rankfold.progress import Step, no_step
 from rankfold.sites import block_paths
 
 
@@ -54,9 +55,7 @@ class BlockStep:
             self._run(calls)
 
 
-def walk_blocks(
-    model: Any, batches: Iterable[Mapping[str, Tensor]], on_batch: Callable[[], None] = lambda: None
-) -> Generator[BlockStep]:
+def walk_blocks(model: Any, batches: Iterable[Mapping[str, Tensor]], on_step: Step = no_step) -> Generator[BlockStep]:
     """Walk over the blocks of a model in the order in which it calls them, all batches side by side.
 
     Each batch runs the model's own `forward` in a greenlet that stands still at the entrance of every block. So
@@ -67,7 +66,7 @@ def walk_blocks(
     Args:
         model: The model whose `forward` takes a batch's items as keyword arguments.
         batches: Token ids and whatever else the model reads; on the model's device.
-        on_batch: Called after each batch has passed a block, for a progress bar.
+        on_step: Called after each batch has passed a block, for a progress bar.
 
     Raises:
         ValueError: If there is no batch, or the batches call the blocks in different orders.
@@ -77,7 +76,7 @@ def walk_blocks(
         def resume_all(_: list[Call]) -> None:
             for index in range(len(forwards.arrivals)):
                 forwards.resume(index)
-                on_batch()
+                on_step()
 
         resume_all([])
         while path := forwards.path():
@@ -86,11 +85,32 @@ def walk_blocks(
             step.run()
 
 
+def walk_body(model: Any, batches: Iterable[Mapping[str, Tensor]], on_step: Step = no_step) -> Generator[BlockStep]:
+    """`walk_blocks` through the body of a model, without its head and its labels; paths are those in the whole model.
+
+    Args:
+        model: A model, with or without a head.
+        batches: Keyword arguments of the forward call.
+        on_step: Called after each batch has passed a block.
+    """
+    base = model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    with closing(walk_blocks(base, without_labels(batches), on_step)) as steps:
+        for step in steps:
+            step.path = prefix + step.path
+            yield step
+
+
+def without_labels(batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Batches as a body reads them, which knows no labels."""
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+
 def walk_blocks_back(
     model: Any,
     batches: Iterable[Mapping[str, Tensor]],
     loss: Callable[[Any, Mapping[str, Tensor]], Tensor],
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> Iterator[BlockStep]:
     """Walk over the blocks from the last to the first, the gradient of a loss flowing back, one block at a time.
 
@@ -102,7 +122,7 @@ def walk_blocks_back(
         model: A model whose blocks form a chain: each reads the hidden states that the one before it gave.
         batches: Keyword arguments of the forward call.
         loss: A scalar from the model's output and its batch, such as `rankfold.calibration.summed_loss` gives.
-        on_batch: Called after each batch has passed a block, forward and back.
+        on_step: Called after each batch has passed a block, forward and back.
 
     Raises:
         ValueError: If there is no batch, or the model has both an encoder and a decoder. Other models whose blocks
@@ -119,7 +139,7 @@ def walk_blocks_back(
                 run(index, call._replace(args=(leaf, *call.args[1:])))
             assert leaf.grad is not None, "a block's output must depend on its input"
             gradients[index] = leaf.grad
-            on_batch()
+            on_step()
 
     def through_the_end(index: int, call: Call) -> Tensor:
         result: Tensor = forwards.resume(index, call)
@@ -139,7 +159,7 @@ def walk_blocks_back(
         for _ in range(visits):
             for index in range(len(batches)):
                 forwards.resume(index)
-                on_batch()
+                on_step()
             kept.append((forwards.path(), list(forwards.arrivals)))
         run = through_the_end
         while kept:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
+from rankfold.cli.terminal import console, keeps, kept, say
 from rankfold.errors import InputError
-from rankfold.terminal import console, keeps, kept, say
 
 # Newer versions of typer carry their own copy of click, whose errors are other classes: these are the ones it raises.
 _ClickError: Any = typer.BadParameter.__mro__[2]
@@ -56,6 +58,17 @@ def verb_command(verb: str) -> Any:
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     alone.command(verb)(verb_function(verb))
     return typer.main.get_command(alone)
+
+
+def in_options(message: str, arguments: Sequence[str]) -> str:
+    """A message of the library, which names parameters of Python, in the words of the verb that was run."""
+    verb = next((argument for argument in arguments if argument in VERBS), None)
+    if verb is None:
+        return message
+    options = {str(parameter.name).rstrip("_"): parameter.opts[0] for parameter in verb_command(verb).params}
+    # The front door calls it text; on the command line `--text` is what is measured on.
+    options.setdefault("text", options.get("calibration", "--text"))
+    return re.sub(r"`([a-z_]+)`", lambda found: options.get(found[1], found[0]), message)
 
 
 class _Verb(TyperCommand):
@@ -129,7 +142,8 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         # Escaped: the message may hold brackets, such as rankfold[datasets], that are no markup.
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        message = in_options(str(error), arguments)
+        console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except Exception as error:  # a fault of ours or of a library must be seen whole
         traceback.print_exc()

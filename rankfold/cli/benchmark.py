@@ -8,13 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.cli.options import Device, Dtype, Model, Records, check_comparable, is_decoder, to_dtype
+from rankfold.circumstances import circumstances
+from rankfold.cli.options import Device, Dtype, Model, Records, is_decoder, to_dtype
+from rankfold.cli.terminal import check_records, print_table, progress, say, write_records
 from rankfold.errors import InputError
-from rankfold.harness import BENCHMARKS, ask, benchmark_records
+from rankfold.fingerprint import file_digest, fingerprint
+from rankfold.harness import BENCHMARKS, ask, benchmark_records, local_files
 from rankfold.harness import convert_data as convert
-from rankfold.measure import circumstances
+from rankfold.measurement import check_comparable
 from rankfold.record import Record
-from rankfold.terminal import check_records, print_table, progress, say, write_records
 
 
 def benchmark(
@@ -49,15 +51,16 @@ def benchmark(
             "The harness asks causal language models. Measure a classifier with rankfold measure --labels."
         )
     tokenizer = load_tokenizer(model)
+    here = circumstances(models, seed=seed, limit=limit)
     records: list[Record] = []
     rows = []
     for name in task or BENCHMARKS:
         with progress(name, len(models)) as advance:
             answers = ask(
                 models, tokenizer, name, folder=data_dir, limit=limit, shots=shots, batch_size=batch, seed=seed,
-                on_model=advance,
+                on_step=advance,
             )  # fmt: skip
-        found = benchmark_records(name, answers, circumstances(data=name, limit=limit, seed=seed))
+        found = benchmark_records(name, answers, here.also(data=name, data_sha256=_data_digest(name, data_dir)))
         records += found
         rows += _rows(found, list(names))
     print_table(str(model), ["", "items", "shots", *names, "difference", "McNemar p"], rows)
@@ -79,12 +82,22 @@ def convert_data(
     say(f"Next: rankfold benchmark MODEL --data-dir {target}")
 
 
+def _data_digest(name: str, folder: Path | None) -> str | None:
+    """Hash of the local files that a benchmark reads; `None` where the harness loads them from the hub."""
+    if folder is None:
+        return None
+    files = [file for splits in local_files(name, folder).values() for file in splits.values()]
+    return fingerprint([file_digest(file) for file in files])
+
+
 def _rows(records: list[Record], names: list[str]) -> list[list[str]]:
     """A row for every metric: each model's value, the difference, and how likely it is to be chance."""
     rows = []
-    for name in dict.fromkeys(record.name for record in records if "minus" not in record.context):
-        values: dict[str, Record] = {record.subject: record for record in records if record.name == name}
-        apart = next((record for record in records if record.name == f"{name} minus dense"), None)
+    for name in dict.fromkeys(record.name for record in records if not record.is_difference):
+        values: dict[str, Record] = {
+            record.subject: record for record in records if record.name == name and not record.is_difference
+        }
+        apart = next((record for record in records if record.name == name and record.is_difference), None)
         facts: Any = next(iter(values.values())).context
         cells = [f"{values[key].value:.2%} ± {values[key].error:.2%}" for key in names]
         difference, chance = "", ""

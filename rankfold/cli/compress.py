@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rankfold.allocation import ALLOCATIONS
-from rankfold.calibration import load_corpus
+from rankfold.calibration import default_length
 from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
 from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteNames, read_plan, to_dtype
+from rankfold.cli.summary import report_plan
+from rankfold.cli.terminal import keeps, print_table, progress, say, stages
 from rankfold.cost import fast_multiple, neighbouring_ranks, parameter_count, rank_seconds
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS
-from rankfold.measure import default_length
-from rankfold.pipeline import Budget, Settings, compress_within, nest_within, note, read_text
+from rankfold.modules import FORMS
+from rankfold.pipeline import Budget, Settings, as_corpus, note
+from rankfold.pipeline import compress as compress_model
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
-from rankfold.summary import report_plan
-from rankfold.terminal import keeps, print_table, progress, say, stages
 
 
 def compress(
@@ -62,8 +62,8 @@ def compress(
     form: Annotated[
         str | None,
         typer.Option(
-            help="How to store: pivoted (smallest in 16 and 8 bits), low_rank (two factors, for 4 bits and fewer), "
-            "tucker (default: the method's own).",
+            help=f"How to store: {', '.join(name for name, form in FORMS.items() if form.make)}; pivoted is smallest "
+            "in 16 and 8 bits, low_rank tolerates 4 bits and fewer (default: the method's own).",
             rich_help_panel="Method",
         ),
     ] = None,
@@ -119,28 +119,27 @@ def compress(
     start = time.perf_counter()
     check_target(output, overwrite)
     stored = None if plan is None else read_plan(plan)
-    budget = Budget.of(keep=keep, bytes_=bytes_, max_loss_increase=max_loss_increase, rank=rank, plan=stored)
+    # Made here as well as in the call, so that a contradiction is told before the model is loaded.
+    budget = Budget(keep=keep, bytes=bytes_, max_loss_increase=max_loss_increase, rank=rank, plan=stored)
     if stored is not None:
         method = next(iter({option.method for option in stored.factorized}), method)
         sites = [name for option in stored.options for name in option.sites]
-    settings = Settings(method, allocation, form, max(1, multiple), refine, refine_toward, seed)
+    settings = Settings(method=method, allocation=allocation, form=form, refine=refine, refine_toward=refine_toward)
     loaded = load_model(model, dtype=to_dtype(dtype), device=device, dense=True)
     origin = getattr(loaded, "few_bits", None)
     if origin:
         say(f"The weights come from few bits ({origin}) and were made dense: what those bits lost stays lost.")
-    tokenizer = load_tokenizer(model) if settings.needs_text(budget) else tokenizer_if_any(model)
+    reads = nested or settings.needs_text(budget)
+    tokenizer = load_tokenizer(model) if reads else tokenizer_if_any(model)
     chosen = find_sites(loaded).select(sites or ())
     if multiple == 0:
-        settings = replace(settings, multiple=_fast_here(loaded, chosen))
+        multiple = _fast_here(loaded, chosen)
     before = parameter_count(loaded)
     settings.check(loaded, chosen, budget)
     _check_space(output, loaded, budget.keep_of(loaded, chosen) or 1.0, chosen)
-    text = None
-    if settings.needs_text(budget):
-        corpus = load_corpus(calibration, tokenizer=tokenizer)
-        length = length or default_length(loaded.config)
-        text = read_text(loaded, tokenizer, corpus, settings, budget, sequences=sequences, length=length)
-        say(f"Calibrating on {sequences} x {length} tokens of {corpus.name}.")
+    corpus = as_corpus(calibration, tokenizer) if reads else None
+    if corpus is not None:
+        say(f"Calibrating on {sequences} x {length or default_length(loaded.config)} tokens of {corpus.name}.")
         if calibration.startswith("bundled:"):
             say("This is the bundled sample; text like your own gives a better model: --calibration my_text.jsonl")
     work = output.with_name(f".{output.name}.refine")
@@ -149,16 +148,17 @@ def compress(
         + (f"; the same command resumes with the refined blocks in {work}." if refine else ".")
     )
     with stages() as stage:
-        if nested:
-            assert text is not None, "kfac reads text"
-            done = nest_within(loaded, chosen, settings, text, stage=stage)
-        else:
-            done = compress_within(loaded, chosen, budget, settings, text, stage=stage, work=work)
+        done = compress_model(
+            loaded, tokenizer, keep=keep, bytes=bytes_, max_loss_increase=max_loss_increase, rank=rank, plan=stored,
+            text=corpus or calibration, sequences=sequences, length=length, sites=chosen, method=method,
+            allocation=allocation, form=form, multiple=multiple, refine=refine, refine_toward=refine_toward,
+            nested=nested, seed=seed, stage=stage, work=work,
+        )  # fmt: skip
     if origin:
         done = note(loaded, done, {"origin": origin})
     save(loaded, tokenizer, output, source=model, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
-    report_plan(output, done, chosen, before, parameter_count(loaded), time.perf_counter() - start)
+    report_plan(output, loaded, done, chosen, before, time.perf_counter() - start)
 
 
 def _fast_here(model: Any, sites: Sites) -> int:
@@ -169,7 +169,7 @@ def _fast_here(model: Any, sites: Sites) -> int:
     with progress("timing ranks", 16) as advance:
         seconds = rank_seconds(
             site.out_features, site.in_features, list(ranks.values()), device=str(weight.device), dtype=weight.dtype,
-            on_round=advance,
+            on_step=advance,
         )  # fmt: skip
     found = fast_multiple(seconds, ranks)
     rows = []

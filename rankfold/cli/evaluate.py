@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rankfold.calibration import load_corpus, max_length
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.cli.options import Device, Dtype, Model, Records, Seed, check_comparable, is_decoder, to_dtype
+from rankfold.circumstances import circumstances
+from rankfold.cli.options import Device, Dtype, Model, Records, Seed, is_decoder, to_dtype
+from rankfold.cli.terminal import check_records, keeps, print_table, say, stages, write_records
 from rankfold.errors import InputError
-from rankfold.evaluation import evaluate_choices, evaluate_lines, evaluate_programs
 from rankfold.fingerprint import fingerprint
-from rankfold.measure import circumstances, table
+from rankfold.measurement import check_comparable, table
+from rankfold.measurement.evaluation import evaluate_choices, evaluate_lines, evaluate_programs
 from rankfold.quality import Sampling
 from rankfold.quality.code import load_tasks, strongest_protection
 from rankfold.record import Record
-from rankfold.terminal import check_records, keeps, print_table, say, stages, write_records
 
 CONTEXT, SCORED = 96, 16
 """Tokens before a continuation, and of it."""
@@ -76,9 +77,10 @@ def evaluate(
         if sets
         else "nothing was written."
     )
+    here = circumstances(models, seed=seed)
     with stages() as stage:
         for corpus in corpora:
-            facts = circumstances(data=corpus.name, sha256=corpus.sha256, seed=seed)
+            facts = here.also(data=corpus.name, data_sha256=corpus.sha256)
             length = min(CONTEXT, reads - SCORED)
             records += evaluate_choices(
                 models, tokenizer, corpus.texts, facts, count=items, length=length, seed=seed, stage=stage
@@ -90,8 +92,9 @@ def evaluate(
                 / f"{Path(name).name}-{fingerprint(measured, found, sampling, samples, batch, seed)}.jsonl"
                 for subject, measured in models.items()
             }
+            facts = here.also(data=Path(name).name, data_sha256=fingerprint(found))
             records += evaluate_programs(
-                models, tokenizer, found, circumstances(data=Path(name).name), files=files, ks=ks, samples=samples,
+                models, tokenizer, found, facts, files=files, ks=ks, samples=samples,
                 sampling=sampling, batch_size=batch, seed=seed, stage=stage,
             )  # fmt: skip
     print_table(str(model), ["", *names, ""], table(records, names))
@@ -109,7 +112,7 @@ def _say_protection() -> None:
 
 def _say_differences(records: list[Record]) -> None:
     for record in records:
-        if record.name.endswith("_minus_dense") and record.value is not None and record.error is not None:
-            what: Any = record.name.removesuffix("_minus_dense")
+        if record.is_difference and record.value is not None and record.error is not None:
             beyond = "" if abs(record.value) > 2 * record.error else ": within the noise of these items"
-            say(f"{what}, {record.context['data']}: {record.value:+.1%} ± {record.error:.1%} against dense{beyond}.")
+            found = f"{record.value:+.1%} ± {record.error:.1%} against {record.context['minus']}"
+            say(f"{record.name}, {record.context['data']}: {found}{beyond}.")

@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from rankfold.circumstances import circumstances
 from rankfold.cli.options import DTYPES, Device, Dtype, Model, Records, Seed, SiteNames
+from rankfold.cli.terminal import check_records, print_table, say, stages, write_records
 from rankfold.errors import InputError
 from rankfold.exploration import OBJECTIVES, front
 from rankfold.factorization import METHODS
-from rankfold.measure import circumstances
-from rankfold.report.figures import check_figure, draw_points
-from rankfold.terminal import check_records, print_table, say, stages, write_records
+from rankfold.reports.figures import check_figure, draw_points
 
 SHOWN = 20
 """Rows of the table: the best trials, evenly along the front."""
@@ -128,11 +128,9 @@ def explore(
         say(f"{len(best)} plans in {plans}: compress with rankfold compress MODEL OUTPUT --plan {plans}/trial-N.json")
     if plot:
         _draw(plot, model, best, done, settings.objectives)
-    context = circumstances(
-        model=Path(model).name, study=f"{shown(settings.study)} {named}", space=settings.ranks, seed=seed
-    )
+    here = circumstances(model, data=text, study=f"{shown(settings.study)} {named}", space=settings.ranks, seed=seed)
     chosen = {trial.number for trial in best}
-    records = trial_records(done, context)
+    records = trial_records(done, here)
     write_records([_marked(record, chosen) for record in records], output)
 
 

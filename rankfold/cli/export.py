@@ -9,10 +9,10 @@ import typer
 
 from rankfold.checkpoint import export_dense, load_model, save, tokenizer_if_any
 from rankfold.cli.options import Dtype, Model, Overwrite, to_dtype
+from rankfold.cli.terminal import say
 from rankfold.compression import shrink
 from rankfold.errors import InputError
 from rankfold.shards import check_target
-from rankfold.terminal import say
 
 
 def export(

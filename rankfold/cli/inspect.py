@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from rankfold.checkpoint import load_model
+from rankfold.circumstances import circumstances
 from rankfold.cli.options import Device, Dtype, Model, Records, SiteNames, to_dtype
-from rankfold.inspection import inspect_sites
-from rankfold.report.figures import check_figure, draw_spectra
+from rankfold.cli.summary import skipped_rows
+from rankfold.cli.terminal import check_records, print_table, progress, say, write_records
+from rankfold.measurement.inspection import inspect_sites
+from rankfold.reports.figures import check_figure, draw_spectra
 from rankfold.sites import find_sites
-from rankfold.summary import skipped_rows
-from rankfold.terminal import check_records, print_table, progress, say, write_records
 
 
 def inspect(
@@ -52,4 +53,5 @@ def inspect(
             spectra.setdefault(found.site.kind, {})[found.site.name] = found.spectrum
         draw_spectra(spectra, plot)
         say(f"Spectra drawn to {plot}")
-    write_records([found.record() for found in inspections], output)
+    here = circumstances(loaded)
+    write_records([found.record(here) for found in inspections], output)

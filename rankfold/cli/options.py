@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +12,8 @@ import typer
 
 from rankfold.errors import InputError
 from rankfold.plan import Plan
-from rankfold.sites import vocabulary_size
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-HELD_OUT_TEXTS = ("bundled:english-held-out", "bundled:python-held-out")
-"""What quality is measured on by default: two corpora, since one flatters whoever calibrated on its like."""
 
 Model = Annotated[str, typer.Argument(help="Model folder, or name on the Hugging Face hub.")]
 Device = Annotated[
@@ -42,13 +38,6 @@ def to_dtype(name: str) -> torch.dtype | None:
     if name not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, but got {name!r}.")
     return DTYPES[name]
-
-
-def check_comparable(models: Mapping[str, Any]) -> None:
-    """Refuse to compare models token by token that have different tokens."""
-    sizes = {name: vocabulary_size(model) for name, model in models.items()}
-    if len(set(sizes.values())) > 1:
-        raise InputError(f"Models are compared token by token and must share a vocabulary, but have {sizes} tokens.")
 
 
 def is_decoder(models: Iterable[Any]) -> bool:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rankfold.calibration import calibration_windows, load_corpus, make_batches
+from rankfold.calibration import calibration_windows, default_length, load_corpus, make_batches
 from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_any
+from rankfold.circumstances import circumstances
 from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, to_dtype
+from rankfold.cli.terminal import say, stages, write_records
 from rankfold.cost import disk_bytes, memory_bytes, parameter_count
 from rankfold.errors import InputError
-from rankfold.measure import circumstances, default_length
-from rankfold.modules import PivotedLinear
-from rankfold.quantization import SCHEMES, Grid, is_linear, quantize_blocks, quantize_by_library
-from rankfold.record import Record
+from rankfold.modules import QUANTIZERS, PivotedLinear, is_linear, quantizer_at, settings_for
+from rankfold.quantization import quantize_blocks
 from rankfold.recovery import is_quantized
 from rankfold.shards import check_target
 from rankfold.sites import block_paths
-from rankfold.terminal import say, stages, write_records
 
-SPQR = "spqr"
 BATCH = 8
 """Windows a batch."""
-
-MOST_FEW_BITS = 4
-"""Bits up to which pivoted layers lose much (docs/lord.md)."""
 
 
 def quantize(
@@ -35,11 +31,13 @@ def quantize(
     output: Annotated[Path, typer.Argument(help="Folder of the quantized model; written whole or not at all.")],
     scheme: Annotated[
         str,
-        typer.Option(help=f"{SPQR} (2 to 8 bits, outliers kept), or with bitsandbytes: {', '.join(SCHEMES)}."),
-    ] = SPQR,
-    bits: Annotated[int, typer.Option(help="Bits of a weight, for spqr.")] = 4,
-    group: Annotated[int, typer.Option(help="Weights that share a scale, for spqr.")] = 16,
-    outliers: Annotated[float, typer.Option(help="Share of the weights kept in 16 bits, for spqr.")] = 0.01,
+        typer.Option(help=f"One of {', '.join(QUANTIZERS)}: spqr stores 2 to 8 bits, the others are bitsandbytes'."),
+    ] = "spqr",
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of a weight, for schemes that have a choice (spqr: 4).")
+    ] = None,
+    group: Annotated[int | None, typer.Option(help="Weights that share a scale (spqr: 16).")] = None,
+    outliers: Annotated[float | None, typer.Option(help="Share of the weights kept in 16 bits (spqr: 0.01).")] = None,
     calibration: Annotated[
         str, typer.Option(help="Text to calibrate on: a text or JSONL file, or a data set name.")
     ] = "bundled:calibration",
@@ -55,33 +53,30 @@ def quantize(
     """Store the linear layers of a model, dense ones and factors, in few bits."""
     start = time.perf_counter()
     check_target(output, overwrite)
-    few = scheme == "nf4" or (scheme == SPQR and bits <= MOST_FEW_BITS)
-    if scheme != SPQR and scheme not in SCHEMES:
-        raise InputError(f"--scheme must be one of {SPQR}, {', '.join(SCHEMES)}, but got {scheme!r}.")
-    before: int | None
-    if scheme == SPQR:
-        grid = Grid(bits, group, outliers=outliers)
+    entry = quantizer_at(scheme)
+    settings = settings_for(scheme, {"bits": bits, "group": group, "outliers": outliers})
+    corpus = None
+    if entry.by_library is None:
         loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device), load_tokenizer(model)
         if is_quantized(loaded):
             raise InputError(f"{model}: quantized already. Quantize the checkpoint from which it was made.")
         before = memory_bytes(loaded)
+        corpus = load_corpus(calibration, tokenizer=tokenizer)
         windows, _, _ = calibration_windows(
-            loaded, tokenizer, load_corpus(calibration, tokenizer=tokenizer), sequences=sequences,
-            length=length or default_length(loaded.config), seed=seed,
-        )  # fmt: skip
-        _quantize_blocks(loaded, make_batches(loaded, windows, BATCH), grid)
+            loaded, tokenizer, corpus, sequences=sequences, length=length or default_length(loaded.config), seed=seed
+        )
+        _quantize_blocks(loaded, make_batches(loaded, windows, BATCH), scheme, settings)
     else:
         chosen: Any = to_dtype(dtype)
         before = memory_bytes(load_model(model))
-        settings = {} if chosen is None else {"dtype": chosen}
-        loaded, summary = quantize_by_library(model, scheme, device=device, **settings)
+        loaded, summary = entry.by_library(model, settings, device=device, **({"dtype": chosen} if chosen else {}))
         tokenizer = tokenizer_if_any(model)
         say(f"{len(summary.quantized)} layers quantized and tested.")
         if summary.left:
             say(f"{len(summary.left)} layers came out wrong and stay in 16 bits, for example {summary.left[0]}.")
         if summary.padded:
             say(f"Factors were filled up with {summary.padded:,} zeros, which are stored too.")
-    if few and any(isinstance(module, PivotedLinear) for module in loaded.modules()):
+    if entry.few(settings) and any(isinstance(module, PivotedLinear) for module in loaded.modules()):
         say(
             "Pivoted layers lose much in so few bits: compress with --form low_rank what 4 bits or fewer are to follow."
         )
@@ -90,21 +85,18 @@ def quantize(
     assert stored is not None, "it was written just now"
     say(f"Checkpoint: {output}   ({time.perf_counter() - start:.1f} s)")
     say(f"Bytes: {before:,} in memory before, {stored:,} on disk now.")
-    context = circumstances(scheme=scheme, bits=bits if scheme == SPQR else None, seed=seed)
+    here = circumstances(loaded, data=corpus, scheme=scheme, settings=asdict(settings), seed=seed)
     values = [("dense_memory", before), ("disk", stored), ("parameters", parameter_count(loaded))]
     units = {"parameters": "1"}
-    write_records(
-        [Record(subject=str(output), name=n, value=v, unit=units.get(n, "byte"), context=context) for n, v in values],
-        output=None,
-    )
+    write_records([here.record(output.name, n, v, units.get(n, "byte")) for n, v in values], output=None)
 
 
-def _quantize_blocks(model: Any, batches: Any, grid: Grid) -> None:
+def _quantize_blocks(model: Any, batches: Any, scheme: str, settings: Any) -> None:
     paths = block_paths(model)
     layers = [m for path in paths for m in model.get_submodule(path).modules() if is_linear(m)]
     with stages() as stage:
-        on_layer = stage("layers", len(layers))
-        bits = quantize_blocks(model, batches, grid, on_layer=on_layer)
+        on_step = stage("layers", len(layers))
+        bits = quantize_blocks(model, batches, scheme, settings, on_step=on_step)
     average = sum(bits.values()) / len(bits)
     say(f"{len(bits)} of {len(layers)} layers in {average:.2f} bits a weight on average, all included.")
     stacks = [p for path in paths for p in model.get_submodule(path).parameters() if p.ndim == 3]

@@ -9,17 +9,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from rankfold.calibration import check_length
+from rankfold.calibration import check_length, default_length
 from rankfold.checkpoint import load_model, load_tokenizer, quantized_by_library, save, save_adapters, stored_dtype
+from rankfold.circumstances import circumstances
 from rankfold.cli.options import Device, Dtype, Overwrite, Seed, is_decoder, to_dtype
+from rankfold.cli.terminal import keeps, say, stages, write_records
 from rankfold.errors import InputError
 from rankfold.fingerprint import fingerprint
-from rankfold.measure import circumstances, default_length
-from rankfold.record import Record
 from rankfold.recovery import GENERATED, recovery_windows
 from rankfold.recovery import recover as recover_model
 from rankfold.shards import check_target
-from rankfold.terminal import keeps, say, stages, write_records
 
 MOST_WINDOWS = 4096
 """Windows that recovery trains on at most; more steps read them again."""
@@ -101,12 +100,10 @@ def recover(
     what = "divergence from the dense model" if objective == "kl" else "loss"
     say(f"Held-out {what}: {result.before:.4f} -> {result.after:.4f} nat/token in {result.steps} steps.")
     say(f"Checkpoint: {output}")
-    context = circumstances(text=texts, objective=objective, lora_rank=lora, seed=seed)
+    here = circumstances(loaded, data=", ".join(texts), objective=objective, lora_rank=lora, seed=seed)
     values = [("held_out_before", result.before, "nat/token"), ("held_out_after", result.after, "nat/token")]
     values += [("steps", result.steps, "1")]
-    write_records(
-        [Record(subject=str(output), name=n, value=v, unit=u, context=context) for n, v, u in values], output=None
-    )
+    write_records([here.record(output.name, *row) for row in values], output=None)
 
 
 def _check_decoder(model: Any) -> None:

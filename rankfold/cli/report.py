@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from rankfold.cli.options import read_plan
-from rankfold.report.page import read_records, write_page
-from rankfold.terminal import say
+from rankfold.cli.terminal import say
+from rankfold.reports.page import read_records, write_page
 
 
 def report(

@@ -9,14 +9,14 @@ import torch
 import typer
 
 from rankfold.checkpoint import chosen_device, load_model
+from rankfold.circumstances import Circumstances, circumstances
 from rankfold.cli.options import Device, Dtype, Model, Records, SiteNames, to_dtype
+from rankfold.cli.terminal import check_records, print_table, progress, say, write_records
 from rankfold.cost import Layer, Peaks, Timed, measure_peaks, parameter_count, reading, time_layers
 from rankfold.cost.roofline import ROUNDS
-from rankfold.measure import circumstances
 from rankfold.record import Record
-from rankfold.report.figures import check_figure, draw_points
+from rankfold.reports.figures import check_figure, draw_points
 from rankfold.sites import Site, find_sites
-from rankfold.terminal import check_records, print_table, progress, say, write_records
 
 AGREE = 0.25
 """Predictions further from the measurement are explained."""
@@ -49,7 +49,7 @@ def roofline(
         timed = [
             found
             for count in counts
-            for found in time_layers(layers, peaks, tokens=count, device=device, dtype=number, on_round=advance)
+            for found in time_layers(layers, peaks, tokens=count, device=device, dtype=number, on_step=advance)
         ]
     size = torch.finfo(number).bits // 8
     say(
@@ -63,8 +63,8 @@ def roofline(
     _explain(timed, peaks, size)
     if plot:
         _draw(plot, timed, peaks, size)
-    context = circumstances(model=Path(model).name, dtype=str(number), device=device, share=share)
-    write_records(roofline_records(timed, peaks, ratio, size, context), output)
+    here = circumstances(loaded, dtype=str(number), device=device, share=share)
+    write_records(roofline_records(timed, peaks, ratio, size, here), output)
 
 
 def _forms(site: Site, share: float) -> list[Layer]:
@@ -125,19 +125,16 @@ def _draw(plot: Path, timed: list[Timed], peaks: Peaks, size: int) -> None:
     say(f"Roofline drawn to {plot}")
 
 
-def roofline_records(
-    timed: list[Timed], peaks: Peaks, ratio: float, size: int, context: dict[str, Any]
-) -> list[Record]:
+def roofline_records(timed: list[Timed], peaks: Peaks, ratio: float, size: int, here: Circumstances) -> list[Record]:
     """The peaks, and of every layer the measured time with what was predicted."""
     machine = [
         ("bandwidth", peaks.bytes_per_second, "byte/second"),
         ("arithmetic", peaks.flops_per_second, "flop/second"),
         ("compute_to_model_size", ratio, "flop/byte"),
     ]
-    records = [Record(subject="machine", name=n, value=v, unit=u, context=context) for n, v, u in machine]
+    records = [here.record("machine", *row) for row in machine]
     for found in timed:
-        facts = {
-            **context,
+        facts: dict[str, Any] = {
             "tokens": found.tokens,
             "predicted": found.predicted_seconds,
             "intensity": found.layer.intensity(found.tokens, size),
@@ -145,9 +142,5 @@ def roofline_records(
             "contended": found.contended,
             "dense": len(found.layer.shapes) == 1,
         }
-        records.append(
-            Record(
-                subject=found.layer.name, name="roofline", value=found.measured_seconds, unit="second", context=facts
-            )
-        )
+        records.append(here.record(found.layer.name, "roofline", found.measured_seconds, "second", **facts))
     return records

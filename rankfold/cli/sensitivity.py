@@ -9,19 +9,20 @@ from typing import Annotated
 import typer
 
 from rankfold.allocation import break_even_rank
-from rankfold.calibration import calibration_windows, load_corpus, make_batches, masked_batches
+from rankfold.calibration import calibration_windows, default_length, load_corpus, make_batches, masked_batches
 from rankfold.checkpoint import chosen_device, load_model, load_tokenizer
+from rankfold.circumstances import circumstances
 from rankfold.cli.options import Device, Dtype, Model, Seed, SiteNames, to_dtype
+from rankfold.cli.terminal import print_table, say, stages, write_records
 from rankfold.cost import open_meter, relative_cost
 from rankfold.errors import InputError
+from rankfold.exploration.sensitivity import SHARES, STUDIES, run_trials, sensitivity_trials
 from rankfold.factorization import METHODS
 from rankfold.fingerprint import fingerprint
-from rankfold.measure import circumstances, default_length, scorer_for
+from rankfold.measurement import scorer_for
 from rankfold.record import Record
-from rankfold.report.figures import check_figure, draw_points
-from rankfold.sensitivity import SHARES, STUDIES, run_trials, sensitivity_trials
+from rankfold.reports.figures import check_figure, draw_points
 from rankfold.sites import Sites, find_sites
-from rankfold.terminal import print_table, say, stages, write_records
 
 BATCH = 8
 """Windows a batch."""
@@ -75,10 +76,11 @@ def sensitivity(
     if data.mask_token is not None:
         batches = masked_batches(batches, data.mask_token, tokenizer.all_special_ids, seed)
     study = fingerprint(loaded, found, data.fingerprint, method, by, [site.name for site in chosen], cost)
-    context = circumstances(
-        model=Path(model).name,
+    here = circumstances(
+        loaded,
         study=study,
         data=data.name,
+        data_sha256=fingerprint(data.fingerprint),
         method=method,
         by=by,
         calibration=dict(facts),
@@ -87,7 +89,7 @@ def sensitivity(
     meter = open_meter(str(chosen_device(device)))
     with stages() as stage:
         results = run_trials(
-            loaded, chosen, trials, batches, score, file=records, context=context, stage=stage,
+            loaded, chosen, trials, batches, score, file=records, here=here, stage=stage,
             cost=partial(relative_cost, meter=meter) if cost else None,
         )  # fmt: skip
     _print_aspects(chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankfold.calibration import BlockStep, walk_blocks
-from rankfold.compression.replace import factorized_module, matrix_of
+from rankfold.calibration import BlockStep, walk_body
 from rankfold.factorization import Ordered
-from rankfold.modules import linear_at, put
+from rankfold.modules import factorized_module, linear_at, matrix_of, put, set_matrix
 from rankfold.plan import DENSE, Option, Plan
+from rankfold.progress import Step, no_step
 from rankfold.sites import Site
 
 DAMPING = 1e-3
@@ -31,7 +31,7 @@ def correct_drift(  # noqa: PLR0913
     ordered: Mapping[str, Ordered],
     *,
     share: float = 0.5,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> None:
     """Fit every site to what the compressed model feeds it, layer after layer, in place.
 
@@ -50,27 +50,24 @@ def correct_drift(  # noqa: PLR0913
         dense: The dense layer of every site.
         ordered: The factorization of every site.
         share: How much of the correction is applied, 0 to 1.
-        on_batch: Called after each batch has passed a block.
+        on_step: Called after each batch has passed a block.
     """
     option_of = {name: option for option in plan.options for name in option.sites}
     compressed = {name: linear_at(model, name) for name in dense}
     by_block: dict[str | None, list[Site]] = {}
     for site in sites:
         by_block.setdefault(site.block, []).append(site)
-    base = model.base_model
-    prefix = "" if base is model else f"{model.base_model_prefix}."
-    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), closing(_both(model, base, read, dense, compressed, on_batch)) as steps:
+        with torch.no_grad(), closing(_both(model, batches, dense, compressed, on_step)) as steps:
             for straight, drifted in steps:
                 group_of: dict[str, list[Site]] = {}
-                for site in by_block.get(prefix + straight.path, ()):
+                for site in by_block.get(straight.path, ()):
                     if site.calls == 1:
                         group_of.setdefault(site.reads, []).append(site)
                 for group in group_of.values():
-                    streams = _streams(model, group[0].name, (straight, drifted), (dense, compressed), on_batch)
+                    streams = _streams(model, group[0].name, (straight, drifted), (dense, compressed), on_step)
                     if streams is None:
                         continue
                     for site in group:
@@ -111,17 +108,16 @@ class _Streams(NamedTuple):
 
 def _both(
     model: Any,
-    base: Any,
     batches: Sequence[Mapping[str, Tensor]],
     dense: Mapping[str, nn.Module],
     compressed: Mapping[str, nn.Module],
-    on_batch: Callable[[], None],
+    on_step: Step,
 ) -> Generator[tuple[BlockStep, BlockStep]]:
     """Two walks over one model whose layers are exchanged between them."""
     put(model, dense)
     with (
-        closing(walk_blocks(base, batches, on_batch)) as first,
-        closing(walk_blocks(base, batches, on_batch)) as second,
+        closing(walk_body(model, batches, on_step)) as first,
+        closing(walk_body(model, batches, on_step)) as second,
     ):
         for straight, drifted in zip(first, second, strict=True):
             yield straight, drifted
@@ -140,7 +136,7 @@ def _streams(
     name: str,
     steps: tuple[BlockStep, BlockStep],
     layers: tuple[Mapping[str, nn.Module], Mapping[str, nn.Module]],
-    on_batch: Callable[[], None],
+    on_step: Step,
 ) -> _Streams | None:
     """Run the block up to one layer on both streams and compare what it reads; nothing where rows do not correspond."""
     block = steps[0].path
@@ -169,7 +165,7 @@ def _streams(
         count += len(x)
         for index, part in enumerate((x.T @ y, y.T @ y, x.sum(0), y.sum(0))):
             sums[index] = sums[index] + part.double()
-        on_batch()
+        on_step()
     return _Streams(*(total / count for total in sums))
 
 
@@ -181,7 +177,7 @@ def _corrected(
     kept = W + correction
     if option.form == DENSE or ordered is None:
         module = copy.deepcopy(linear)
-        module.weight.copy_(kept.T if type(linear).__name__ == "Conv1D" else kept)
+        set_matrix(module, kept)
         product = kept
     else:
         factors = ordered.truncate(W, None, option.ranks[0], correction)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankfold.compression.replace import finish, matrix_of
+from rankfold.compression.replace import finish
 from rankfold.errors import InputError
 from rankfold.factorization import STACK_METHODS, JointFactors
-from rankfold.modules import JointLinear, linear_at
+from rankfold.modules import JointLinear, linear_at, linear_shape, matrix_of
 from rankfold.plan import Option, Plan
 
 
@@ -65,7 +65,7 @@ def compress_stacks(
 def _layer(
     linear: Any, factors: JointFactors, mix: torch.Tensor, form: str, ranks: tuple[int, ...], leader: JointLinear | None
 ) -> JointLinear:
-    out_features, in_features = matrix_of(linear)[0].shape
+    out_features, in_features = linear_shape(linear)
     dtype, device = linear.weight.dtype, linear.weight.device
     layer = JointLinear(in_features, out_features, form, ranks, linear.bias is not None, device, dtype, leader)
     layer.mix = nn.Parameter(mix.to(device, dtype).clone())

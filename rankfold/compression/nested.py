@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankfold.allocation import knapsack
+from rankfold.allocation import Allowance, factorized_option, knapsack, site_options
 from rankfold.architectures import to_conv1d
-from rankfold.compression.replace import finish, matrix_of
+from rankfold.calibration import without_labels
+from rankfold.compression.replace import finish
 from rankfold.errors import InputError
-from rankfold.factorization import SiteMoments, ordered_kfac
-from rankfold.modules import AdaptiveLinear, LowRankLinear, linear_at
-from rankfold.plan import DENSE, Option, Plan, stored_parameters
+from rankfold.factorization import METHODS, SiteMoments
+from rankfold.modules import AdaptiveLinear, LowRankLinear, is_transposed, linear_at, matrix_of
+from rankfold.plan import DENSE, Option, Plan
 from rankfold.sites import Site
 
 TABLE = 129
@@ -23,30 +25,34 @@ TABLE = 129
 
 
 @torch.no_grad()
-def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments]) -> Plan:
+def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments], method: str = "kfac") -> Plan:
     """Write every site as ordered factors of its full rank, in place, so that any smaller rank is a part of them.
 
     The model computes what it did, in more numbers than before; `shrink` cuts it to a budget without any text. The
-    factors are those of `kfac` measured once; a bias stays as it is.
+    factors are those of a method that is ordered, measured once; a bias stays as it is.
 
     Args:
         model: A transformers model.
         sites: What may be cut later.
-        statistics: Moments of inputs and gradients, from `calibrate` with a loss.
+        statistics: Moments of inputs and gradients, from `calibrate`.
+        method: A method that gives the factors of every rank at once (`Method.ordered`).
 
     Returns:
         The plan, all sites at full rank.
 
     Raises:
-        ValueError: If statistics lack gradients, or a weight is not finite.
+        ValueError: If the method is not ordered, statistics lack gradients, or a weight is not finite.
     """
+    decompose = METHODS[method].ordered
+    if decompose is None:
+        raise InputError(f"A nested model needs the factors of every rank at once, which {method} does not give.")
     options: list[Option] = []
     tables: dict[str, dict[str, Any]] = {}
     for site in sites:
         linear = linear_at(model, site.name)
         W, _ = matrix_of(linear)
         try:
-            ordered = ordered_kfac(W, None, statistics[site.name])
+            ordered = decompose(W, None, statistics[site.name])
         except ValueError as error:
             error.args = (f"{site.name}: {error}",)
             raise
@@ -59,16 +65,11 @@ def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments
         tables[site.name] = {
             "ranks": ranks,
             "losses": [float(f"{ordered.losses[rank]:.7g}") for rank in ranks],
-            "transposed": type(linear).__name__ == "Conv1D",
+            "transposed": is_transposed(linear),
         }
-        parameters = stored_parameters("low_rank", W.shape[0], W.shape[1], (full,), bias is not None)
-        options.append(
-            Option(
-                sites=(site.name,), form="low_rank", method="kfac", ranks=(full,), bias=bias is not None,
-                parameters=parameters, bytes=parameters * linear.weight.element_size(), loss=0.0,
-            )
-        )  # fmt: skip
-    plan = finish(model, Plan(options=tuple(options), method="kfac", allocation="nested"))
+        full_rank = factorized_option("low_rank", [site], full, bias is not None)
+        options.append(replace(full_rank, method=method, loss=0.0))
+    plan = finish(model, Plan(options=tuple(options), method=method, allocation="nested"))
     model.config.rankfold = {**model.config.rankfold, "nested": tables}
     return plan
 
@@ -87,7 +88,7 @@ def shrink(model: Any, keep: float) -> Plan:
     stored = getattr(model.config, "rankfold", None) or {}
     tables = stored.get("nested")
     if not tables:
-        raise InputError("Only a nested model can be cut: make one with rankfold compress --nested.")
+        raise InputError("Only a nested model can be cut: make one with rankfold compress `nested`.")
     if not 0 < keep <= 1:
         raise InputError(f"keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
     sites, losses = [], {}
@@ -96,8 +97,8 @@ def shrink(model: Any, keep: float) -> Plan:
         out, into, bias = layer.out_features, layer.in_features, layer.up.bias is not None
         sites.append(Site(name, out, into, bias, layer.up.weight.element_size(), None, name, name))
         losses[name] = np.interp(range(min(out, into) + 1), table["ranks"], table["losses"]).tolist()
-    budget = keep * sum(site.parameters for site in sites)
-    chosen = knapsack(sites, "low_rank", budget=budget, losses=losses, price=lambda option: option.parameters)
+    chosen = knapsack(site_options(sites, "low_rank", losses), Allowance(keep))
+    method = str(stored["method"])
     options = []
     for option in chosen.options:
         (name,) = option.sites
@@ -111,8 +112,8 @@ def shrink(model: Any, keep: float) -> Plan:
         kept = None if layer.up.bias is None else layer.up.bias.detach()
         up, down = layer.up.weight[:, :rank].clone(), layer.down.weight[:rank].clone()
         model.set_submodule(name, LowRankLinear.from_factors(up, down, kept))
-        options.append(Option(**{**vars(option), "method": "kfac"}))
-    plan = Plan(options=tuple(options), method="kfac", allocation="knapsack", keep=keep, bound=chosen.bound)
+        options.append(replace(option, method=method))
+    plan = Plan(options=tuple(options), method=method, allocation="knapsack", keep=keep, bound=chosen.bound)
     return finish(model, plan)
 
 
@@ -147,9 +148,9 @@ def adapt(
         first = max(1, round(small * rank))
         layers[name] = AdaptiveLinear.from_low_rank(linear_at(model, name), first)
         model.set_submodule(name, layers[name])
-        options[option.sites] = Option(**{**vars(option), "form": "adaptive", "ranks": (first, rank)})
+        options[option.sites] = replace(option, form="adaptive", ranks=(first, rank))
     _set_thresholds(model, layers, batches, share)
-    return finish(model, Plan(**{**vars(plan), "options": tuple(options.values())}))
+    return finish(model, replace(plan, options=tuple(options.values())))
 
 
 def _set_thresholds(
@@ -167,8 +168,8 @@ def _set_thresholds(
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
-        for batch in batches:
-            model(**{name: value for name, value in batch.items() if name != "labels"})
+        for batch in without_labels(batches):
+            model(**batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.architectures import release
-from rankfold.calibration import Loss, calibrate_blocks
+from rankfold.calibration import Loss, calibrate_blocks, is_reached
 from rankfold.compression.drift import correct_drift
-from rankfold.compression.replace import factorized_module, finish, matrix_of, split_off
-from rankfold.factorization import Ordered, SiteMoments, ordered_kfac
-from rankfold.modules import linear_at, use_eager_experts
+from rankfold.compression.replace import finish, split_off
+from rankfold.errors import InputError
+from rankfold.factorization import METHODS, Ordered, SiteMoments
+from rankfold.modules import factorized_module, linear_at, matrix_of, use_eager_experts
 from rankfold.plan import DENSE, Option, Plan
+from rankfold.progress import Step, no_step
 from rankfold.sites import Site
 
 Allocate = Callable[[Mapping[str, Sequence[float]]], Plan]
@@ -30,9 +32,10 @@ def compress_in_rounds(  # noqa: PLR0913
     *,
     loss: Loss,
     allocate: Allocate,
+    method: str = "kfac",
     rounds: int = 2,
     drift: float = 0.5,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> Plan:
     """Compress a model in place by two-sided weighting, measuring anew what the compression has changed.
 
@@ -46,31 +49,40 @@ def compress_in_rounds(  # noqa: PLR0913
         batches: Calibration batches on the model's device.
         loss: Whose gradients weigh the outputs (`rankfold.calibration.summed_loss`).
         allocate: Chooses the plan of a round, usually `rankfold.allocate` with a budget.
+        method: A method that gives the factors of every rank at once (`Method.ordered`).
         rounds: Rounds after the first.
         drift: Share of the drift that is corrected, 0 to 1.
-        on_batch: Called after each batch has passed a block.
+        on_step: Called after each batch has passed a block.
 
     Returns:
         The plan as it was carried out.
 
     Raises:
-        ValueError: If a weight, an activation or a gradient is not finite, or the budget cannot be met.
+        ValueError: If the method is not ordered, a weight, an activation or a gradient is not finite, or the budget
+            cannot be met.
     """
+    decompose = METHODS[method].ordered
+    if decompose is None:
+        raise InputError(
+            f"Rounds choose ranks anew, for which a method must give the factors of every rank at once, but {method} "
+            "does not. Factorize once: calibrate, allocate, factorize. Methods that do: "
+            f"{', '.join(_ordered_methods())}."
+        )
     batches = list(batches)
     dense: dict[str, nn.Module] = {}
     ordered: dict[str, Ordered] = {}
     plan = None
     for _ in range(rounds + 1):
-        for block in calibrate_blocks(model, sites, batches, on_batch, loss):
+        for block in calibrate_blocks(model, sites, batches, on_step, loss):
             for name, moments in block.moments.items():
                 dense.setdefault(name, linear_at(model, name))
-                if _reached(moments):
-                    ordered[name] = _decompose(name, dense[name], moments)
+                if is_reached(moments, gradients=True):
+                    ordered[name] = _decompose(name, dense[name], moments, decompose)
         plan = allocate({name: found.losses.tolist() for name, found in ordered.items()})
         plan = _carry_out(model, plan, dense, ordered)
     assert plan is not None, "there is at least one round"
     if drift:
-        correct_drift(model, sites, plan, batches, dense, ordered, share=drift, on_batch=on_batch)
+        correct_drift(model, sites, plan, batches, dense, ordered, share=drift, on_step=on_step)
     return finish(model, replace(plan, calibration={**plan.calibration, "rounds": rounds, "drift": drift}))
 
 
@@ -102,19 +114,16 @@ def with_layers(model: Any, layers: Mapping[str, nn.Module]) -> Any:
     return made
 
 
-def _reached(moments: SiteMoments) -> bool:
-    """Whether anything is known of a site: tokens passed it, and a gradient came back."""
-    if moments.inputs is None or not moments.inputs.vectors or moments.gradients is None:
-        return False
-    return bool(moments.gradients.second.any())
+def _ordered_methods() -> list[str]:
+    return [name for name, method in METHODS.items() if method.ordered is not None]
 
 
 @torch.no_grad()
-def _decompose(name: str, linear: nn.Module, moments: SiteMoments) -> Ordered:
-    """The optimum of every rank of one site, kept in the precision of the weight."""
+def _decompose(name: str, linear: nn.Module, moments: SiteMoments, decompose: Callable[..., Ordered]) -> Ordered:
+    """The factors of every rank of one site, kept in the precision of the weight."""
     W, b = matrix_of(linear)
     try:
-        found = ordered_kfac(W, b, moments)
+        found = decompose(W, b, moments)
     except ValueError as error:
         error.args = (f"{name}: {error}",)
         raise

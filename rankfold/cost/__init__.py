@@ -1,7 +1,6 @@
 """What a model costs: the other axis of every plot."""
 
 from rankfold.cost.energy import Meter, interleaved_energy, open_meter
-from rankfold.cost.hardware import hardware
 from rankfold.cost.latency import Latency, cache_of, interleaved_latency
 from rankfold.cost.memory import (
     Reading,
@@ -27,7 +26,6 @@ __all__ = [
     "cache_of",
     "disk_bytes",
     "fast_multiple",
-    "hardware",
     "interleaved_energy",
     "interleaved_latency",
     "measure_peaks",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from rankfold.progress import Step, no_step
 from rankfold.sites import text_arguments
 
 NOISY_SPREAD = 1.5
@@ -46,7 +47,7 @@ def interleaved_latency(
     decoded_tokens: int = 8,
     rounds: int = 15,
     batch_size: int = 1,
-    on_round: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> dict[str, Latency]:
     """Time models side by side: in every round each prefills a prompt and decodes a few tokens.
 
@@ -56,7 +57,7 @@ def interleaved_latency(
         decoded_tokens: Tokens decoded a round, with the key-value cache.
         rounds: Rounds after one of warming up.
         batch_size: Prompts at once.
-        on_round: Called after each round, for a progress bar.
+        on_step: Called after each round, for a progress bar.
 
     Returns:
         Latency by name; compare medians as ratios, never across runs.
@@ -73,7 +74,7 @@ def interleaved_latency(
         if number:
             busy += time.process_time() - cpu_start
             wall += time.perf_counter() - wall_start
-        on_round()
+        on_step()
     on_cpu = all(next(model.parameters()).device.type == "cpu" for model in models.values())
     # A process that computes without pause uses at least as much CPU time as passes, unless others take its turn.
     held_up = on_cpu and busy < 0.9 * wall

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.cost.latency import cache_of
-from rankfold.modules import JointLinear, SharedFactors, SpQRLinear
+from rankfold.modules import JointLinear, QuantizedLinear, SharedFactors, is_linear
 from rankfold.shards import shard_files
 from rankfold.sites import text_arguments
 
@@ -20,7 +20,7 @@ def parameter_count(model: Any) -> int:
     """Numbers in all parameters, shared ones counted once; a weight in few bits is one number."""
     total = 0
     for module in model.modules():
-        if isinstance(module, SpQRLinear):
+        if isinstance(module, QuantizedLinear):
             total += module.out_features * module.in_features
     for parameter in model.parameters():
         # bitsandbytes packs two weights into a byte, and remembers their shape.
@@ -128,10 +128,10 @@ def reading(model: Any) -> Reading:
     """
     stored = multiplied = 0
     for module in model.modules():
-        if isinstance(module, SpQRLinear):
-            stored += sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+        if isinstance(module, QuantizedLinear):
+            stored += module.stored_bytes
             multiplied += module.out_features * module.in_features
-        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        elif is_linear(module):
             weight = cast(Any, module.weight)
             state = getattr(weight, "quant_state", None)
             stored += weight.numel() * weight.element_size()

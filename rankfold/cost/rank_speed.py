@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.nn import functional as F
 
 from rankfold.cost.latency import now
+from rankfold.progress import Step, no_step
 
 MULTIPLES = (1, 8, 16, 32, 64, 128)
 """What ranks may be lowered to a multiple of."""
@@ -37,7 +38,7 @@ def rank_seconds(  # noqa: PLR0913
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     rounds: int = 15,
-    on_round: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> dict[int, float]:
     """Median seconds of `up(down(x))` at every rank, the ranks taking turns.
 
@@ -49,7 +50,7 @@ def rank_seconds(  # noqa: PLR0913
         device: Where to compute.
         dtype: Dtype of inputs and factors.
         rounds: Rounds after one of warming up.
-        on_round: Called after each round.
+        on_step: Called after each round.
     """
     x = torch.randn(tokens, in_features, device=device, dtype=dtype)
     factors = {rank: (torch.randn(rank, in_features).to(x), torch.randn(out_features, rank).to(x)) for rank in ranks}
@@ -61,7 +62,7 @@ def rank_seconds(  # noqa: PLR0913
             seconds = now(x.device) - start
             if number:
                 times[rank].append(seconds)
-        on_round()
+        on_step()
     return {rank: statistics.median(series) for rank, series in times.items()}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.cost.latency import now
+from rankfold.progress import Step, no_step
 
 CACHE_BYTES = 3 * 2**28
 """Weights are taken in turns from more bytes than a last-level cache holds."""
@@ -75,15 +76,13 @@ class Timed(NamedTuple):
 
 
 @torch.no_grad()
-def measure_peaks(
-    device: str = "cpu", dtype: torch.dtype = torch.float32, on_round: Callable[[], None] = lambda: None
-) -> Peaks:
+def measure_peaks(device: str = "cpu", dtype: torch.dtype = torch.float32, on_step: Step = no_step) -> Peaks:
     """Bandwidth by a matrix times a vector that no cache holds, arithmetic by a large product; the best of some rounds.
 
     Args:
         device: Where.
         dtype: Dtype of the numbers.
-        on_round: Called after each of `ROUNDS` rounds.
+        on_step: Called after each of `ROUNDS` rounds.
     """
     size = torch.finfo(dtype).bits // 8
     rows = CACHE_BYTES // size // 8192
@@ -97,7 +96,7 @@ def measure_peaks(
         reading.append(_seconds(lambda: F.linear(vector, tall), device))
         computing.append(_seconds(lambda: F.linear(a, b), device))
         if number:
-            on_round()
+            on_step()
     return Peaks(rows * 8192 * size / min(reading[1:]), 2 * 2048 * 4096 * 4096 / min(computing[1:]))
 
 
@@ -109,7 +108,7 @@ def time_layers(
     tokens: int = 1,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
-    on_round: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> list[Timed]:
     """Seconds of each layer, all taking turns, on weights that are not in a cache.
 
@@ -119,7 +118,7 @@ def time_layers(
         tokens: Tokens of a call.
         device: Where.
         dtype: Dtype of the weights.
-        on_round: Called after each of `ROUNDS` rounds.
+        on_step: Called after each of `ROUNDS` rounds.
     """
     size = torch.finfo(dtype).bits // 8
     # The other layers' turns empty a cache too, so each needs its part of the bytes only.
@@ -142,7 +141,7 @@ def time_layers(
         if number:
             busy += time.process_time() - cpu_start
             wall += time.perf_counter() - wall_start
-            on_round()
+            on_step()
     held_up = device == "cpu" and busy < 0.9 * wall
     return [
         Timed(layer, tokens, layer.seconds(tokens, size, peaks), statistics.median(series[1:]), held_up)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +11,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rankfold.calibration import calibrate, calibration_windows, load_corpus, make_batches, masked_batches, summed_loss
+from rankfold.calibration import (
+    calibrate,
+    calibration_windows,
+    default_length,
+    load_corpus,
+    make_batches,
+    masked_batches,
+    usual_loss,
+)
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.compression import predicted_losses
+from rankfold.circumstances import versions
 from rankfold.errors import InputError
 from rankfold.exploration.bench import Bench
 from rankfold.exploration.space import DesignSpace, Losses, choices
 from rankfold.exploration.study import Done, failures, finished, open_study, search
 from rankfold.factorization import METHODS, SiteMoments
 from rankfold.fingerprint import fingerprint
-from rankfold.measure import default_length, scorer_for
-from rankfold.pipeline import Stage
-from rankfold.record import versions
+from rankfold.measurement import scorer_for
+from rankfold.progress import Stage, Step, no_step
 from rankfold.sites import find_sites
 
 BATCH = 8
@@ -77,12 +84,10 @@ class Worker(NamedTuple):
     bench: Bench
     settings: Exploration
 
-    def run(self, on_trial: Callable[[], None] = lambda: None) -> list[Done]:
+    def run(self, on_step: Step = no_step) -> list[Done]:
         """Work until the study has its trials, whoever makes them; gives all of them."""
         settings = self.settings
-        search(
-            self.study, self.bench, settings.trials, strategy=settings.strategy, seed=settings.seed, on_trial=on_trial
-        )
+        search(self.study, self.bench, settings.trials, strategy=settings.strategy, seed=settings.seed, on_step=on_step)
         return _all_of(self)
 
 
@@ -138,25 +143,25 @@ def prepare(settings: Exploration, stage: Stage, measured: Measured | None = Non
         batches = make_batches(model, found, BATCH)
         if data.mask_token is not None:
             batches = masked_batches(batches, data.mask_token, tokenizer.all_special_ids, settings.seed)
-        labels = "text" if model.can_generate() or data.mask_token is not None else "sampled"
-        measured = _measure(model, space, batches, summed_loss(model, labels, settings.seed), stage)
+        measured = _measure(model, space, batches, settings.seed, stage)
     return Worker(study, Bench(model, space, measured.statistics, measured.losses, score), settings)
 
 
 def _measure(
-    model: Any, space: DesignSpace, batches: Sequence[Mapping[str, Tensor]], loss: Callable[..., Tensor], stage: Stage
+    model: Any, space: DesignSpace, batches: Sequence[Mapping[str, Tensor]], seed: int, stage: Stage
 ) -> Measured:
     passes = len(space.blocks) + 1
     advance = stage("measuring inputs and gradients", 2 * passes * len(batches))
-    statistics = calibrate(model, space.sites, batches, advance, loss)
+    statistics = calibrate(model, space.sites, batches, loss=usual_loss(model, batches, seed), on_step=advance)
     methods = {choice.method for choice in space.choices}
     advance = stage("predicting losses", len(methods))
     losses = {}
     for method in METHODS:
         if method in methods:
-            losses[method] = predicted_losses(model, space.sites, statistics, method)
+            losses[method] = statistics.losses(method)
             advance()
-    return Measured(statistics, losses)
+    # Without the model, since they are sent to other workers.
+    return Measured(dict(statistics), losses)
 
 
 def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: Stage) -> list[Done]:
@@ -196,7 +201,7 @@ def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: 
     machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     if len(machines) > 1 and settings.study.startswith("sqlite"):
         raise InputError(
-            f"Workers on {len(machines)} machines cannot share the file of SQLite: give --study a PostgreSQL database."
+            f"Workers on {len(machines)} machines cannot share the file of SQLite: give `study` a PostgreSQL database."
         )
     task = ray.remote(**needs, max_retries=3, scheduling_strategy="SPREAD")(_work)
     measured = ray.put(Measured(worker.bench.statistics, worker.bench.losses))

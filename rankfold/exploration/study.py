@@ -8,16 +8,18 @@ import platform
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from rankfold.circumstances import Circumstances
 from rankfold.errors import InputError
 from rankfold.exploration.bench import OBJECTIVES, Bench, Trial
 from rankfold.exploration.policy import KEEPS, Policy, Prices, point_of, prices, starting_points
 from rankfold.exploration.space import Point
 from rankfold.plan import Plan
+from rankfold.progress import Step, no_step
 from rankfold.record import Record
 
 try:
@@ -91,7 +93,7 @@ def open_study(url: str, name: str, facts: Mapping[str, Any], objectives: Sequen
         raise InputError(
             f"{shown(url)}: the study {name!r} is one of another model, text, space or objectives "
             f"({stored.get('model', 'unknown model')}, {', '.join(stored.get('objectives', []))}). Give this one "
-            "another --name, or another --study."
+            "another `name`, or another `study`."
         )
     return study
 
@@ -148,7 +150,7 @@ def search(
     *,
     strategy: str = "tpe",
     seed: int = 0,
-    on_trial: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> None:
     """Work on a study until it has so many trials, together with whoever else works on it.
 
@@ -162,7 +164,7 @@ def search(
         trials: Finished trials at which the study ends.
         strategy: One of `STRATEGIES`; only `tpe` begins with the starting points.
         seed: Seed of the strategy; every worker and every restart draws on from the trials that are there.
-        on_trial: Called after each trial of this worker.
+        on_step: Called after each trial of this worker.
 
     Raises:
         ValueError: If the strategy is unknown.
@@ -183,7 +185,7 @@ def search(
             time.sleep(0.5)
             continue
         study.optimize(work, n_trials=1, catch=(_SuperfluousError, _FailedTrialError))
-        on_trial()
+        on_step()
 
 
 def _is_done(trial: Any) -> bool:
@@ -359,15 +361,13 @@ def finished(study: optuna.Study, bench: Bench) -> list[Done]:
     ]
 
 
-def trial_records(done: Sequence[Done], context: Mapping[str, Any]) -> list[Record]:
+def trial_records(done: Sequence[Done], here: Circumstances) -> list[Record]:
     """A record of every objective of every trial."""
     records = []
     for trial in done:
-        facts = {**context, "trial": trial.number, "start": trial.start, "predicted_loss": trial.plan.predicted_loss}
+        facts = {"trial": trial.number, "start": trial.start, "predicted_loss": trial.plan.predicted_loss}
         for name, value in trial.values.items():
             error = trial.error if name == "quality" else None
             unit = OBJECTIVES[name].unit
-            records.append(
-                Record(subject=f"trial {trial.number}", name=name, value=value, unit=unit, error=error, context=facts)
-            )
+            records.append(here.record(f"trial {trial.number}", name, value, unit, error, **facts))
     return records

@@ -14,10 +14,11 @@ from rankfold.factorization.kfac import Ordered, kfac, ordered_kfac, predicted_l
 from rankfold.factorization.pivoted import Pivoted, pivoted
 from rankfold.factorization.svd import randomized_svd, truncated_svd
 from rankfold.factorization.tucker import StackFactors, fold_core, tucker_matrix, tucker_stack
+from rankfold.registry import Registry
 
 
 class Method(NamedTuple):
-    """A way to factorize one layer."""
+    """A way to factorize one layer: it offers what it can, and whoever needs more than it offers refuses it."""
 
     factorize: Callable[[Tensor, Tensor | None, SiteMoments, int], Factors]
     """Weight (out, in), bias, moments and rank to factors."""
@@ -29,15 +30,22 @@ class Method(NamedTuple):
     """Whether moments of the loss's gradient are used too."""
     adds_bias: bool = False
     """Whether a layer without a bias gets one."""
+    ordered: Callable[[Tensor, Tensor | None, SiteMoments], Ordered] | None = None
+    """Weight, bias and moments to the factors of every rank at once, which rounds and nesting need."""
+    is_optimal: bool = True
+    """Whether no factors of the same rank have a smaller `error`; heuristics, such as scaled columns, have none."""
 
 
-METHODS: dict[str, Method] = {
-    "svd": Method(lambda W, b, _, rank: truncated_svd(W, rank)._replace(bias=b), "low_rank"),
-    "tucker": Method(lambda W, b, _, rank: tucker_matrix(W, rank)._replace(bias=b), "tucker"),
-    "lord": Method(feature_mimicking, "low_rank", needs_data=True, adds_bias=True),
-    "whitened": Method(whitened_svd, "low_rank", needs_data=True),
-    "kfac": Method(kfac, "pivoted", needs_data=True, needs_gradients=True),
-}
+METHODS: Registry[Method] = Registry(
+    "rankfold.methods",
+    {
+        "svd": Method(lambda W, b, _, rank: truncated_svd(W, rank)._replace(bias=b), "low_rank"),
+        "tucker": Method(lambda W, b, _, rank: tucker_matrix(W, rank)._replace(bias=b), "tucker"),
+        "lord": Method(feature_mimicking, "low_rank", needs_data=True, adds_bias=True),
+        "whitened": Method(whitened_svd, "low_rank", needs_data=True),
+        "kfac": Method(kfac, "pivoted", needs_data=True, needs_gradients=True, ordered=ordered_kfac),
+    },
+)
 """The values of `rankfold compress --method`."""
 
 __all__ = [

@@ -7,15 +7,18 @@ import io
 import logging
 import numbers
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from rankfold.circumstances import Circumstances
 from rankfold.errors import InputError
 from rankfold.harness.layouts import BENCHMARKS, local_files
-from rankfold.quality import mcnemar, paired_difference, share
+from rankfold.measurement import paired_record
+from rankfold.progress import Step, no_step
+from rankfold.quality import paired_difference, share
 from rankfold.record import Record
 
 
@@ -40,7 +43,7 @@ def ask(  # noqa: PLR0913
     shots: int | None = None,
     batch_size: int = 8,
     seed: int | None = None,
-    on_model: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> dict[str, Answers]:
     """Ask every model the same questions, as the harness does.
 
@@ -53,7 +56,7 @@ def ask(  # noqa: PLR0913
         shots: Examples before each question (default: the harness's own number).
         batch_size: Questions at once.
         seed: Seed of the choice of examples (default: the harness's own).
-        on_model: Called after each model.
+        on_step: Called after each model.
 
     Raises:
         ValueError: If the harness is missing, the benchmark is unknown, or its files are not what they must be.
@@ -84,7 +87,7 @@ def ask(  # noqa: PLR0913
                     **({} if seed is None else {"random_seed": seed, "fewshot_random_seed": seed}),
                 )
             answers[model_name] = _answers(result, name, lm_eval.__version__)
-            on_model()
+            on_step()
     return answers
 
 
@@ -97,13 +100,13 @@ def _asking(name: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise InputError(
-            f"{name}: its data set cannot be reached ({_first_line(error)}). Give local files with --data-dir, which "
+            f"{name}: its data set cannot be reached ({_first_line(error)}). Give local files with `data_dir`, which "
             "rankfold convert-data makes, or go online."
         ) from error
     except (ValueError, KeyError, IndexError, AssertionError, TypeError) as error:
         raise InputError(
             f"{name}: the harness cannot ask these questions ({type(error).__name__}: {_first_line(error)}). "
-            "There must be more examples than --shots, an answer to each question among its choices, and room for the "
+            "There must be more examples than `shots`, an answer to each question among its choices, and room for the "
             "longest answer in what the model reads at once; --debug shows the trace."
         ) from error
 
@@ -160,11 +163,8 @@ def _answers(result: Mapping[str, Any], name: str, version: str) -> Answers:
     return Answers(ordered, shots.pop() if len(shots) == 1 else None, version)
 
 
-def benchmark_records(name: str, answers: Mapping[str, Answers], context: Mapping[str, Any]) -> list[Record]:
-    """The mean of every model with its standard error, and its paired difference from the first, the dense one.
-
-    Of answers that are right or wrong the difference also has the exact p-value of McNemar (1947).
-    """
+def benchmark_records(name: str, answers: Mapping[str, Answers], here: Circumstances) -> list[Record]:
+    """The mean of every model with its standard error, and its paired difference from the first, the dense one."""
     records = []
     reference, *others = answers
     for model, found in answers.items():
@@ -172,25 +172,12 @@ def benchmark_records(name: str, answers: Mapping[str, Answers], context: Mappin
             # Zeros and ones alone would have no spread at 0 % and at 100 %: their error is that of Wilson's interval.
             binary = {*values} <= {0.0, 1.0}
             mean = share(values) if binary else paired_difference(values, [0.0] * len(values))
-            facts = {**context, "metric": metric, "items": len(values), "shots": found.shots, "lm_eval": found.version}
-            records.append(
-                Record(
-                    subject=model, name=f"{name} {metric}", value=mean.value, unit="1", error=mean.error, context=facts
-                )
-            )
+            facts = {"metric": metric, "items": len(values), "shots": found.shots, "lm_eval": found.version}
+            records.append(here.record(model, f"{name} {metric}", mean.value, "1", mean.error, **facts))
     for model in others:
         for metric, values in answers[model].values.items():
             dense = answers[reference].values[metric]
-            difference = paired_difference(values, dense)
-            # No item that differs does not prove that none would: the error is then that of a single one.
-            error = difference.error or 1 / len(values)
-            facts = {**context, "metric": metric, "items": len(values), "minus": reference}
-            if {*values, *dense} <= {0.0, 1.0}:
-                facts["mcnemar_p"] = mcnemar(values, dense)
             records.append(
-                Record(
-                    subject=model, name=f"{name} {metric} minus dense", value=difference.value, unit="1",
-                    error=error, context=facts,
-                )
-            )  # fmt: skip
+                paired_record(here, model, f"{name} {metric}", values, dense, minus=reference, metric=metric)
+            )
     return records

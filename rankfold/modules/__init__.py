@@ -2,49 +2,80 @@
 
 from rankfold.modules.adaptive_linear import AdaptiveLinear
 from rankfold.modules.factorized_linear import FactorizedLinear
-from rankfold.modules.four_bit import keep_storage, restore_storage
-from rankfold.modules.install import (
+from rankfold.modules.forms import (
     FORMS,
-    Factorized,
-    install,
+    Form,
+    factorized_module,
+    form_at,
+    forms_for,
+    largest_rank,
+    stored_bytes,
+    stored_parameters,
+    structure_of,
+)
+from rankfold.modules.four_bit import keep_storage, restore_storage
+from rankfold.modules.install import Factorized, install, put, resolve, use_eager_experts
+from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear, SharedFactors
+from rankfold.modules.linear import (
+    is_linear,
+    is_transposed,
     linear_at,
     linear_shape,
-    put,
-    resolve,
-    use_eager_experts,
+    matrix_of,
+    set_matrix,
+    stored_matrix,
 )
-from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear, SharedFactors
 from rankfold.modules.linear_stack import LinearStack, restack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.module_weight import ModuleWeight
 from rankfold.modules.pivoted_linear import PivotedLinear
+from rankfold.modules.quantized_linear import QuantizedLinear
 from rankfold.modules.spqr_linear import SpQRLinear, pack, statistics, unpack
+from rankfold.modules.storages import QUANTIZERS, Quantizer, quantizer_at, settings_for
 from rankfold.modules.tucker_linear import TuckerLinear
 
 __all__ = [
     "FORMS",
     "JOINT_FORMS",
+    "QUANTIZERS",
     "AdaptiveLinear",
     "Factorized",
     "FactorizedLinear",
+    "Form",
     "JointLinear",
     "LinearStack",
     "LowRankLinear",
     "ModuleWeight",
     "PivotedLinear",
+    "QuantizedLinear",
+    "Quantizer",
     "SharedFactors",
     "SpQRLinear",
     "TuckerLinear",
+    "factorized_module",
+    "form_at",
+    "forms_for",
     "install",
+    "is_linear",
+    "is_transposed",
     "keep_storage",
+    "largest_rank",
     "linear_at",
     "linear_shape",
+    "matrix_of",
     "pack",
     "put",
+    "quantizer_at",
     "resolve",
     "restack",
     "restore_storage",
+    "set_matrix",
+    "settings_for",
     "statistics",
+    "stored_bytes",
+    "stored_matrix",
+    "stored_parameters",
+    "structure_of",
     "unpack",
     "use_eager_experts",
 ]

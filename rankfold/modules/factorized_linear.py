@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +17,8 @@ class FactorizedLinear(nn.Module):
     in_features: int
     out_features: int
     up: nn.Linear
+    structure: ClassVar[tuple[str, ...]] = ()
+    """Attributes that are no numbers, as text: a plan stores them, and loading hands them to the constructor."""
 
     def hidden(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch rank"]:
         """What the last factor reads."""

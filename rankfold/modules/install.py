@@ -8,27 +8,14 @@ from typing import Any, ClassVar
 from torch import nn
 
 from rankfold.errors import InputError
-from rankfold.modules.adaptive_linear import AdaptiveLinear
-from rankfold.modules.factorized_linear import FactorizedLinear
+from rankfold.modules.forms import module_of
 from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear
+from rankfold.modules.linear import has_layer, linear_at, linear_shape
 from rankfold.modules.linear_stack import LinearStack
-from rankfold.modules.low_rank_linear import LowRankLinear
-from rankfold.modules.pivoted_linear import PivotedLinear
-from rankfold.modules.spqr_linear import SpQRLinear
-from rankfold.modules.tucker_linear import TuckerLinear
+from rankfold.modules.storages import quantized_module
 
-READS_PLAN_VERSION = 1
+READS_PLAN_VERSION = 2
 """Newest version of a stored plan that this code understands."""
-
-FORMS: dict[str, type[FactorizedLinear]] = {
-    "low_rank": LowRankLinear,
-    "tucker": TuckerLinear,
-    "pivoted": PivotedLinear,
-}
-"""Forms of one matrix."""
-
-DEPENDING: dict[str, type[FactorizedLinear]] = {"adaptive": AdaptiveLinear}
-"""Forms whose matrix depends on the input."""
 
 
 class Factorized:
@@ -75,21 +62,22 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
         if option["form"] in JOINT_FORMS:
             _install_stack(model, option)
             continue
-        masks = option.get("pivots") or [None] * len(option["sites"])
-        if option["form"] == "pivoted" and None in masks:
-            raise InputError(f"{option['sites'][0]}: a pivoted site needs its `pivots` in the plan, but has none.")
-        for site, mask in zip(option["sites"], masks, strict=True):
+        # Plans of version 1 knew pivots alone.
+        structure = option.get("structure") or ({"pivots": option["pivots"]} if option.get("pivots") else {})
+        for number, site in enumerate(option["sites"]):
             path = _place(model, site)
             if path is None:
                 continue
             dense = linear_at(model, path)
             out_features, in_features = linear_shape(dense)
             like = dense.weight
-            form = {**FORMS, **DEPENDING}[option["form"]]
-            extra = {"pivots": mask} if mask else {}
+            own = {name: texts[number] for name, texts in structure.items()}
             ranks, bias = tuple(option["ranks"]), option.get("bias", False)
-            empty = form(in_features, out_features, ranks, bias, like.device, like.dtype, **extra)
-            model.set_submodule(path, empty)
+            form = module_of(option["form"])
+            lacking = [name for name in form.structure if not own.get(name)]
+            if lacking:
+                raise InputError(f"{site}: the plan must store the {lacking[0]} of this site, but does not.")
+            model.set_submodule(path, form(in_features, out_features, ranks, bias, like.device, like.dtype, **own))
     install_quantized(model, plan.get("quantization") or {"modules": {}})
     use_eager_experts(model)
 
@@ -123,7 +111,8 @@ def install_quantized(model: nn.Module, quantization: Mapping[str, Any]) -> None
         dense = linear_at(model, path)
         out_features, in_features = linear_shape(dense)
         like, bias = dense.weight, dense.bias is not None
-        empty = SpQRLinear(in_features, out_features, kept, bias, quantization["grid"], like.device, like.dtype)
+        kind, settings = quantized_module(quantization["scheme"]), quantization.get("settings") or quantization["grid"]
+        empty = kind(in_features, out_features, kept, bias, settings, like.device, like.dtype)
         model.set_submodule(path, empty)
 
 
@@ -139,54 +128,15 @@ def resolve(model: nn.Module, site: str) -> str | None:
     """The site's path in this model, which may be the bare base model or the one with a head."""
     prefix = getattr(model, "base_model_prefix", "")
     for path in (site, site.removeprefix(f"{prefix}."), f"{prefix}.{site}"):
-        if _exists(model, path):
+        if has_layer(model, path):
             return path
     return None
-
-
-def _exists(model: nn.Module, path: str) -> bool:
-    owner: Any = model
-    for name in path.split("."):
-        if isinstance(owner, nn.Parameter):
-            return name.isdigit() and int(name) < len(owner)
-        if isinstance(owner, LinearStack) and name.isdigit():
-            owner = owner._modules.get(name)
-        else:
-            owner = getattr(owner, name, None)
-        if owner is None:
-            return False
-    return True
-
-
-def linear_at(model: nn.Module, path: str) -> Any:
-    """The linear module at a path; a slice of a 3-D parameter becomes a module of its own first.
-
-    Raises:
-        ValueError: If the model has nothing at this path.
-    """
-    if not _exists(model, path):
-        raise InputError(f"{path}: {type(model).__name__} has no such layer. Was the plan made for another model?")
-    parent_path, _, name = path.rpartition(".")
-    owner_path, _, stack_name = parent_path.rpartition(".")
-    owner = model.get_submodule(owner_path)
-    stacked = getattr(owner, stack_name, None)
-    if name.isdigit() and isinstance(stacked, nn.Parameter):
-        delattr(owner, stack_name)
-        setattr(owner, stack_name, LinearStack.from_parameter(stacked))
-    return model.get_submodule(path)
 
 
 def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put layers in place of those that stand at their paths."""
     for path, module in modules.items():
         model.set_submodule(path, module)
-
-
-def linear_shape(linear: Any) -> tuple[int, int]:
-    """(out, in) of an `nn.Linear`, of GPT-2's transposed `Conv1D`, or of a factorized layer."""
-    if type(linear).__name__ == "Conv1D":
-        return linear.weight.shape[1], linear.weight.shape[0]
-    return linear.out_features, linear.in_features
 
 
 def use_eager_experts(model: nn.Module) -> None:

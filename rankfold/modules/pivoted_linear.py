@@ -26,6 +26,8 @@ class PivotedLinear(FactorizedLinear):
     (torch.Size([3, 6]), torch.Size([6, 8]), 24)
     """
 
+    structure = ("pivots",)
+
     def __init__(
         self,
         in_features: int,

@@ -10,8 +10,10 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankfold.modules.quantized_linear import QuantizedLinear
 
-class SpQRLinear(nn.Module):
+
+class SpQRLinear(QuantizedLinear):
     """`y = W x + b` with `W` in few bits; each call multiplies it out (arXiv:2306.03078).
 
     16-bit numbers are kept as integers of the same bits, so that no loader casts them.
@@ -61,6 +63,11 @@ class SpQRLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.dtype = dtype or torch.get_default_dtype()
 
+    @property
+    def structure(self) -> int:
+        """Number of outliers."""
+        return len(self.outlier_values)
+
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The matrix, in float32."""
         count = self.out_features * self.groups
@@ -74,23 +81,6 @@ class SpQRLinear(nn.Module):
         kept = order.repeat_interleave(self.outlier_counts.long())
         W[kept, self.outlier_columns.long()] = self.outlier_values.view(torch.bfloat16).float()
         return W
-
-    @property
-    def weight(self) -> Float[Tensor, "out in"]:
-        """The matrix, in the dtype of the model; made anew at every look."""
-        return self.dequantized().to(self.dtype)
-
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """The layer's outputs."""
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
-
-    def to_dense(self) -> nn.Linear:
-        """An `nn.Linear` with the same outputs."""
-        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(self.weight)
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
-        return dense
 
     def extra_repr(self) -> str:
         """Sizes and bits."""

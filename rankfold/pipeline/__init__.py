@@ -1,7 +1,19 @@
 """One call from a budget in the user's words to a compressed model."""
 
 from rankfold.pipeline.budget import Budget, parse_bytes
-from rankfold.pipeline.settings import Settings
-from rankfold.pipeline.within import Stage, Text, compress_within, nest_within, note, read_text
+from rankfold.pipeline.reading import Reading, as_corpus, read_text
+from rankfold.pipeline.run import compress, note
+from rankfold.pipeline.settings import DRIFT, ROUNDS, Settings
 
-__all__ = ["Budget", "Settings", "Stage", "Text", "compress_within", "nest_within", "note", "parse_bytes", "read_text"]
+__all__ = [
+    "DRIFT",
+    "ROUNDS",
+    "Budget",
+    "Reading",
+    "Settings",
+    "as_corpus",
+    "compress",
+    "note",
+    "parse_bytes",
+    "read_text",
+]

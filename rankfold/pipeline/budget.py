@@ -29,51 +29,45 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the user allows: exactly one of these."""
+    """What the user allows: exactly one of these; nothing given keeps 0.8 of the sites' parameters.
+
+    Raises:
+        ValueError: If more than one is given, or one is out of range.
+
+    >>> Budget(bytes="9GB").bytes, Budget().keep
+    (9000000000, 0.8)
+    """
 
     keep: float | None = None
-    """Fraction of the sites' parameters."""
-    bytes: int | None = None
-    """Bytes of the whole model."""
+    """Fraction of the sites' parameters, in (0, 1]."""
+    bytes: int | str | None = None
+    """Bytes of the whole model, as a number or as people write them: `9GB`, `700MiB`."""
     max_loss_increase: float | None = None
     """Rise of the loss on held-out text, in nats per token."""
     rank: int | None = None
+    """One rank for all sites."""
     plan: Plan | None = None
     """A plan whose forms and ranks are carried out as they are."""
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        keep: float | None = None,
-        bytes_: str | None = None,
-        max_loss_increase: float | None = None,
-        rank: int | None = None,
-        plan: Plan | None = None,
-    ) -> Budget:
-        """A budget from the options of the command line.
-
-        Raises:
-            ValueError: If more than one is given, or one is out of range.
-        """
-        given = {
-            "--keep": keep,
-            "--bytes": bytes_,
-            "--max-loss-increase": max_loss_increase,
-            "--rank": rank,
-            "--plan": plan,
-        }
-        named = [name for name, value in given.items() if value is not None]
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself or is out of range, wherever it is made."""
+        named = [name for name, value in vars(self).items() if value is not None]
         if len(named) > 1:
-            raise InputError(f"A budget is one of {', '.join(given)}, but got {' and '.join(named)}. Choose one.")
-        if max_loss_increase is not None and max_loss_increase <= 0:
-            raise InputError(f"--max-loss-increase must be above 0 nats per token, but got {max_loss_increase:g}.")
-        if keep is not None and not 0 < keep <= 1:
-            raise InputError(f"--keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
-        stored = None if bytes_ is None else parse_bytes(bytes_)
-        return cls(keep if named else 0.8, stored, max_loss_increase, rank, plan)
+            given = " and ".join(f"`{name}`" for name in named)
+            ways = ", ".join(f"`{name}`" for name in vars(self))
+            raise InputError(f"A budget is one of {ways}, but got {given}. Choose one.")
+        if not named:
+            object.__setattr__(self, "keep", 0.8)
+        if self.max_loss_increase is not None and not self.max_loss_increase > 0:
+            raise InputError(f"`max_loss_increase` must be above 0 nats per token, but got {self.max_loss_increase:g}.")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise InputError(
+                f"`keep` is the fraction of parameters kept and must lie in (0, 1], but got {self.keep:g}."
+            )
+        if isinstance(self.bytes, str):
+            object.__setattr__(self, "bytes", parse_bytes(self.bytes))
 
     def keep_of(self, model: Any, sites: Sequence[Site]) -> float | None:
         """The fraction of the sites' bytes (or parameters) that this budget leaves; `None` where it must be searched.
@@ -85,11 +79,12 @@ class Budget:
             return min(1.0, self.plan.parameters / sum(site.parameters for site in sites))
         if self.bytes is None:
             return self.keep
+        assert not isinstance(self.bytes, str), "parsed when it was made"
         dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
         rest = int(sum(p.numel() * p.element_size() for p in model.parameters())) - dense
         if self.bytes <= rest:
             raise InputError(
                 f"{self.bytes:,} bytes cannot hold the model: what is not factorized, such as its embeddings, needs "
-                f"{rest:,} bytes. Raise --bytes."
+                f"{rest:,} bytes. Raise `bytes`."
             )
         return min(1.0, (self.bytes - rest) / dense)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankfold.allocation import ALLOCATIONS, allocate
+from rankfold.allocation import ALLOCATIONS, allocate, form_for
 from rankfold.errors import InputError
-from rankfold.factorization import METHODS
+from rankfold.factorization import METHODS, Method
 from rankfold.pipeline.budget import Budget
 from rankfold.plan import Plan
 from rankfold.sites import Site
@@ -16,37 +16,83 @@ from rankfold.sites import Site
 REFINE_TOWARD = ("predictions", "block")
 """What refined blocks aim at: the model's predictions, or the dense block's own output."""
 
+ROUNDS = 2
+"""Rounds after the first in which statistics are measured again, unless a caller says otherwise."""
 
-@dataclass(frozen=True)
+DRIFT = 0.5
+"""Share of the drift that is corrected, unless a caller says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a model is compressed."""
+    """How a model is compressed: the default engine, put together here and nowhere else."""
 
     method: str = "kfac"
+    """A key of `rankfold.factorization.METHODS`."""
     allocation: str | None = None
+    """A key of `rankfold.allocation.ALLOCATIONS`; without it the one that suits method and budget."""
     form: str | None = None
+    """A key of `rankfold.modules.FORMS`; without it the method's own."""
     multiple: int = 1
+    """Ranks are lowered to a multiple of this."""
+    rounds: int = ROUNDS
+    """Rounds after the first in which statistics are measured again, for methods that are ordered."""
+    drift: float = DRIFT
+    """Share of the drift that is corrected, 0 to 1, for the same."""
     refine: int = 0
+    """Gradient steps on each block after its factorization."""
     refine_toward: str = "predictions"
+    """One of `REFINE_TOWARD`."""
+    labels: str | None = None
+    """`text` or `sampled` (`rankfold.calibration.LABELS`); without it those of the text where it holds them."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse unknown names before any work is done."""
         allocation = self.allocation or "knapsack"
         named = (("method", self.method, METHODS), ("allocation", allocation, ALLOCATIONS))
-        for what, value, known in (*named, ("refine-toward", self.refine_toward, REFINE_TOWARD)):
+        for what, value, known in (*named, ("refine_toward", self.refine_toward, REFINE_TOWARD)):
             if value not in known:
-                raise InputError(f"--{what} must be one of {', '.join(known)}, but got {value!r}.")
-        if self.allocation == "knapsack" and not METHODS[self.method].needs_gradients:
-            raise InputError(f"--allocation knapsack needs predicted losses, which {self.method} has not: use kfac.")
+                raise InputError(f"`{what}` must be one of {', '.join(known)}, but got {value!r}.")
+        form_for(self.method, self.form)
+        if self.rounds < 0 or not 0 <= self.drift <= 1 or self.multiple < 1 or self.refine < 0:
+            raise InputError(
+                "`rounds` and `refine` are 0 or more, `drift` lies in [0, 1] and `multiple` is 1 or more, but got "
+                f"{self.rounds}, {self.refine}, {self.drift:g} and {self.multiple}."
+            )
+
+    @property
+    def entry(self) -> Method:
+        """What the method offers."""
+        return METHODS[self.method]
 
     def ranks_by(self, budget: Budget) -> str:
         """The allocation, by default the one that suits method and budget."""
-        shares_out = METHODS[self.method].needs_gradients and budget.rank is None
+        shares_out = self.entry.needs_gradients and budget.rank is None
         return self.allocation or ("knapsack" if shares_out else "uniform")
+
+    def needs_gradients(self, budget: Budget) -> bool:
+        """Whether a loss is followed back: for the method, or for predicted losses to share out a budget by."""
+        predicts = budget.plan is None and ALLOCATIONS[self.ranks_by(budget)].needs_losses
+        return self.entry.needs_gradients or predicts
 
     def needs_text(self, budget: Budget) -> bool:
         """Whether anything is measured on text."""
-        return METHODS[self.method].needs_data or self.refine > 0 or budget.max_loss_increase is not None
+        searched = budget.max_loss_increase is not None
+        return self.entry.needs_data or self.needs_gradients(budget) or self.refine > 0 or searched
+
+    def choice(self, budget: Budget, keep: float | None) -> dict[str, Any]:
+        """What is handed to `allocate`."""
+        return {
+            "keep": keep,
+            "rank": budget.rank,
+            "method": self.method,
+            "allocation": self.ranks_by(budget),
+            "multiple": self.multiple,
+            "form": self.form,
+            "seed": self.seed,
+            "price": "bytes" if budget.bytes is not None else "parameters",
+        }
 
     def check(self, model: Any, sites: Sequence[Site], budget: Budget) -> None:
         """Whether the model can be compressed in this way, asked before anything is measured.
@@ -59,19 +105,12 @@ class Settings:
             _check_plan(budget.plan, sites)
         elif budget.max_loss_increase is None:
             even = {site.name: [1.0] * min(site.out_features, site.in_features) + [0.0] for site in sites}
-            choice: dict[str, Any] = {"keep": budget.keep_of(model, sites), "rank": budget.rank}
-            choice |= {
-                "method": self.method,
-                "allocation": self.ranks_by(budget),
-                "multiple": self.multiple,
-                "form": self.form,
-            }
-            allocate(sites, **choice, losses=even)
+            allocate(sites, **self.choice(budget, budget.keep_of(model, sites)), losses=even)
         causal = model.can_generate() and not model.config.is_encoder_decoder
         if budget.max_loss_increase is not None and not causal:
             raise InputError(
-                f"--max-loss-increase is measured on the next-token loss, which a {type(model).__name__} has not. "
-                "Give --keep or --bytes."
+                f"`max_loss_increase` is measured on the next-token loss, which a {type(model).__name__} does not "
+                "have. Give `keep` or `bytes`."
             )
 
 
@@ -82,7 +121,7 @@ def _check_plan(plan: Plan, sites: Sequence[Site]) -> None:
     if len(methods) != 1 or not methods <= set(METHODS):
         raise InputError(
             f"A plan must be filled by one method of {', '.join(METHODS)}, but this one names "
-            f"{', '.join(sorted(methods)) or 'none'}. Carry it out in Python, with rankfold.compress(model, plan, ...)."
+            f"{', '.join(sorted(methods)) or 'none'}. Carry it out with rankfold.factorize(model, plan, ...)."
         )
     for option in plan.factorized:
         for name in option.sites:

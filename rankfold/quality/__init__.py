@@ -4,7 +4,7 @@ from rankfold.quality.classification import Accuracy, Labelled, classification_a
 from rankfold.quality.continuation import ChoiceItems, choice_items, choose
 from rankfold.quality.diversity import distinct_share, repeated_share
 from rankfold.quality.generation import Sampling, complete
-from rankfold.quality.intervals import Difference, Share, mcnemar, paired_difference, share
+from rankfold.quality.intervals import Difference, Share, mcnemar, paired_difference, paired_shares, share
 from rankfold.quality.perplexity import Quality, next_token_quality
 from rankfold.quality.score import Score, Scorer, masked_score, mistake_score, next_token_score
 
@@ -30,6 +30,7 @@ __all__ = [
     "next_token_quality",
     "next_token_score",
     "paired_difference",
+    "paired_shares",
     "repeated_share",
     "right_answers",
     "share",

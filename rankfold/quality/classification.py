@@ -5,13 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from rankfold.errors import InputError
+from rankfold.progress import Step, no_step
 
 
 class Labelled(NamedTuple):
@@ -73,7 +74,7 @@ def right_answers(
     labelled: Labelled,
     *,
     batch_size: int = 32,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> list[bool]:
     """Whether a sequence classifier gets each row right.
 
@@ -90,7 +91,7 @@ def right_answers(
             raise InputError(f"Logits must be finite, but the rows from {start} on give NaN or infinity.")
         labels = torch.tensor(labelled.labels[start : start + batch_size], device=device)
         right += (logits.argmax(-1) == labels).tolist()
-        on_batch()
+        on_step()
     return right
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.errors import InputError
+from rankfold.progress import Step, no_step
 from rankfold.quality.generation import prompt_ids
 
 CHOICES = 4
@@ -110,7 +111,7 @@ def choose(
     *,
     alone: bool = False,
     batch_size: int = 8,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> list[bool]:
     """Whether a causal language model finds the true continuation the most likely one, for every question.
 
@@ -120,7 +121,7 @@ def choose(
         alone: Whether the likelihood of a continuation without its context is taken off (Holtzman et al. 2021,
             arXiv:2104.08315). Where some begin like thousands of others, as stories do, likelihood chooses those.
         batch_size: Questions at once.
-        on_batch: Called after each batch.
+        on_step: Called after each batch.
 
     Raises:
         ValueError: If a likelihood is not a number.
@@ -133,7 +134,7 @@ def choose(
             losses = losses - _losses(model, short, items.scored)
         # A tie with a wrong choice is no answer.
         right += (losses[:, :1] < losses[:, 1:]).all(1).tolist()
-        on_batch()
+        on_step()
     return right
 
 
@@ -145,6 +146,6 @@ def _losses(model: Any, batch: Tensor, scored: int) -> Tensor:
     if not bool(torch.isfinite(losses).all()):
         raise InputError(
             "The likelihood of a continuation must be a number, but the model gives NaN or infinity. Load a "
-            "float16 model with --dtype bfloat16; if it stays, the weights are damaged."
+            "float16 model with `dtype` bfloat16; if it stays, the weights are damaged."
         )
     return losses.reshape(batch.shape[:2])

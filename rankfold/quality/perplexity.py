@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.errors import InputError
+from rankfold.progress import Step, no_step
 from rankfold.sites import listens, text_arguments
 
 
@@ -53,7 +53,7 @@ def next_token_quality(
     *,
     dense: Any = None,
     batch_size: int = 8,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> Quality:
     """Quality of a causal language model on windows of tokens, the first token of each unscored.
 
@@ -64,7 +64,7 @@ def next_token_quality(
         windows: Token ids, each window on its own.
         dense: The model to compare with, if any; it reads the same batches.
         batch_size: Windows a forward call.
-        on_batch: Called after each batch, for a progress bar.
+        on_step: Called after each batch, for a progress bar.
 
     Returns:
         Token-weighted means over all windows.
@@ -83,7 +83,7 @@ def next_token_quality(
             reference = _logits(dense, ids, number)
             rows += _distance(logits, reference)
         columns.append(torch.stack(rows).cpu())
-        on_batch()
+        on_step()
     table = torch.cat(columns, dim=1)
     means = table.mean(1).tolist()
     errors: list[float | None] = [None] * len(table)
@@ -102,7 +102,7 @@ def _logits(model: Any, ids: Int[Tensor, "batch length"], number: int) -> Float[
     if not bool(torch.isfinite(logits).all()):
         raise InputError(
             f"Logits must be finite, but batch {number} of the evaluation gives NaN or infinity. Load a float16 model "
-            "with --dtype bfloat16 or float32; if it stays, the model is broken and has no perplexity."
+            "with `dtype` bfloat16 or float32; if it stays, the model is broken and has no perplexity."
         )
     return logits
 

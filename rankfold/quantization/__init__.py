@@ -1,19 +1,21 @@
 """Weights and factors stored in few bits."""
 
-from rankfold.quantization.blocks import is_linear, quantize_blocks
-from rankfold.quantization.library import SCHEMES, Summary, pad_ranks, quantize_by_library
-from rankfold.quantization.spqr import Grid, Quantized, bits_per_weight, spqr, spqr_linear
+from rankfold.modules.storages import QUANTIZERS, Quantizer, quantizer_at, settings_for
+from rankfold.quantization.blocks import quantize_blocks
+from rankfold.quantization.library import Summary, pad_ranks, quantize_by_library
+from rankfold.quantization.spqr import Grid, Quantized, spqr, spqr_linear
 
 __all__ = [
-    "SCHEMES",
+    "QUANTIZERS",
     "Grid",
     "Quantized",
+    "Quantizer",
     "Summary",
-    "bits_per_weight",
-    "is_linear",
     "pad_ranks",
     "quantize_blocks",
     "quantize_by_library",
+    "quantizer_at",
+    "settings_for",
     "spqr",
     "spqr_linear",
 ]

@@ -11,25 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.architectures import adopt
-from rankfold.calibration import BlockStep, MomentAccumulator, walk_blocks
+from rankfold.calibration import BlockStep, MomentAccumulator, walk_body
+from rankfold.circumstances import versions
 from rankfold.errors import InputError
 from rankfold.factorization import Moments
-from rankfold.modules import LowRankLinear, PivotedLinear, SpQRLinear, linear_shape
+from rankfold.modules import (
+    LowRankLinear,
+    PivotedLinear,
+    QuantizedLinear,
+    Quantizer,
+    is_linear,
+    linear_shape,
+    quantizer_at,
+    stored_matrix,
+)
 from rankfold.plan import Plan
-from rankfold.quantization.spqr import Grid, bits_per_weight, spqr, spqr_linear
-from rankfold.record import versions
+from rankfold.progress import Step, no_step
 
 
 @torch.no_grad()
 def quantize_blocks(
     model: Any,
     batches: Sequence[Mapping[str, Tensor]],
-    grid: Grid,
+    scheme: str,
+    settings: Any = None,
     *,
-    on_batch: Callable[[], None] = lambda: None,
-    on_layer: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> dict[str, float]:
-    """Store the linear layers of all blocks, dense ones and factors, as SpQR does, in place.
+    """Store the linear layers of all blocks, dense ones and factors, in few bits, in place.
 
     The second factor of a pair is fitted anew to what rounding made of the first, before it is rounded itself.
 
@@ -38,38 +47,40 @@ def quantize_blocks(
     Args:
         model: A transformers model, dense or factorized.
         batches: Calibration batches on the model's device.
-        grid: Bits, groups and outliers.
-        on_batch: Called after each batch has passed a block.
-        on_layer: Called after each layer.
+        scheme: A quantizer of layers: a key of `rankfold.modules.QUANTIZERS`.
+        settings: Its settings, such as `Grid`; without them its defaults.
+        on_step: Called after each layer.
 
     Returns:
         Average bits of a weight, by the path of the layer.
 
     Raises:
-        ValueError: If the model is quantized already, has no linear layer in its blocks, or a value is not finite.
+        ValueError: If the scheme is none of layers, the model is quantized already or has no linear layer in its
+            blocks, or a value is not finite.
     """
-    if any(isinstance(module, SpQRLinear) for module in model.modules()):
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise InputError("The model is quantized already. Quantize the checkpoint from which it was made.")
+    entry = quantizer_at(scheme)
+    if entry.quantize is None:
+        raise InputError(f"The scheme {scheme!r} is carried out by a library while a model is loaded, not by blocks.")
+    settings = entry.settings() if settings is None else settings
     training = model.training
     model.eval()
-    base = model.base_model
-    prefix = "" if base is model else f"{model.base_model_prefix}."
-    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     bits: dict[str, float] = {}
-    kept: dict[str, int] = {}
-    for step in walk_blocks(base, read, on_batch):
-        layers = {f"{prefix}{step.path}.{name}": layer for name, layer in _linears(base.get_submodule(step.path))}
+    kept: dict[str, Any] = {}
+    for step in walk_body(model, batches):
+        layers = {f"{step.path}.{name}": layer for name, layer in _linears(model.get_submodule(step.path))}
         for name, moment in _inputs(step, layers):
-            for path, layer in _with_its_partner(model, name, layers[name], moment, grid):
+            for path, layer in _with_its_partner(model, name, layers[name], moment, _quantizing(entry, settings)):
                 if layer is not None:
                     model.set_submodule(path, layer)
-                    bits[path], kept[path] = bits_per_weight(layer), len(layer.outlier_values)
-                on_layer()
+                    bits[path], kept[path] = layer.bits_per_weight, layer.structure
+                on_step()
     if not bits:
         raise InputError(f"{type(model).__name__}: no linear layer in the blocks of the model gets smaller by this.")
     if not hasattr(model.config, "rankfold"):
         adopt(model, Plan(options=(), method="", versions=versions()))
-    stored = {"scheme": "spqr", "grid": asdict(grid), "modules": kept}
+    stored = {"scheme": scheme, "settings": asdict(settings), "modules": kept}
     model.config.rankfold = {**model.config.rankfold, "quantization": stored}
     model.train(training)
     return bits
@@ -78,15 +89,14 @@ def quantize_blocks(
 @torch.no_grad()
 def each_layer(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
     """Every linear layer of every block with its inputs' second moment; the next blocks see what is done to it."""
-    for step in walk_blocks(model.base_model, batches):
-        layers = dict(_linears(model.base_model.get_submodule(step.path)))
+    for step in walk_body(model, batches):
+        layers = dict(_linears(model.get_submodule(step.path)))
         for name, moment in _inputs(step, layers):
             yield layers[name], moment.second
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an `nn.Linear` or GPT-2's transposed `Conv1D`."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+_Quantize = Callable[[str, Any, Tensor], Any]
+"""Path of a layer, the layer and its inputs' second moment to the layer in few bits, or nothing."""
 
 
 def _linears(block: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -141,19 +151,19 @@ def _hooked(
 
 
 def _with_its_partner(
-    model: Any, name: str, layer: Any, inputs: Moments, grid: Grid
-) -> Iterator[tuple[str, SpQRLinear | None]]:
+    model: Any, name: str, layer: Any, inputs: Moments, quantized: _Quantize
+) -> Iterator[tuple[str, Any]]:
     """A layer quantized; after the first factor of a pair the second, fitted to what the first has become."""
     owner_path, _, part = name.rpartition(".")
     owner = model.get_submodule(owner_path)
     if not isinstance(owner, (LowRankLinear, PivotedLinear)):
-        yield name, _quantized(name, layer, inputs.second, grid)
+        yield name, quantized(name, layer, inputs.second)
         return
     if part != "down":
         return
     S = inputs.second.double()
     target = owner.up.weight.double() @ layer.weight.double()
-    made = _quantized(name, layer, inputs.second, grid)
+    made = quantized(name, layer, inputs.second)
     D = (layer.weight if made is None else made.dequantized()).double()
     moment = D @ S @ D.T
     # A little damping keeps directions that no input reaches as they were.
@@ -168,16 +178,21 @@ def _with_its_partner(
         moment = moment + shift + shift.T + torch.outer(b, b)
     owner.up.weight.data = refitted.to(owner.up.weight.dtype)
     yield name, made
-    yield f"{owner_path}.up", _quantized(f"{owner_path}.up", owner.up, moment, grid)
+    yield f"{owner_path}.up", quantized(f"{owner_path}.up", owner.up, moment)
 
 
-def _quantized(name: str, layer: Any, second: Tensor, grid: Grid) -> SpQRLinear | None:
-    """The layer as SpQR stores it, or nothing where that is no smaller."""
-    weight = layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
-    try:
-        quantized = spqr(weight, second, grid)
-    except ValueError as error:
-        error.args = (f"{name}: {error}",)
-        raise
-    made = spqr_linear(quantized, grid, layer.bias, weight.dtype)
-    return made if bits_per_weight(made) < 8 * weight.element_size() else None
+def _quantizing(entry: Quantizer, settings: Any) -> _Quantize:
+    """What stores a layer, or nothing where that is no smaller."""
+    assert entry.quantize is not None, "a quantizer of layers"
+    quantize = entry.quantize
+
+    def quantized(name: str, layer: Any, second: Tensor) -> Any:
+        weight = stored_matrix(layer)
+        try:
+            made = quantize(weight, layer.bias, second, settings)
+        except ValueError as error:
+            error.args = (f"{name}: {error}",)
+            raise
+        return made if made.bits_per_weight < 8 * weight.element_size() else None  # type: ignore[operator]
+
+    return quantized

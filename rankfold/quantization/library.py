@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from rankfold.architectures import auto_class_for
 from rankfold.checkpoint import ADAPTER, chosen_device, load_model, quantized_by_library, save
 from rankfold.errors import InputError
-from rankfold.modules import LowRankLinear, SpQRLinear, keep_storage, linear_at
+from rankfold.modules import LowRankLinear, QuantizedLinear, Quantizer, keep_storage, linear_at, stored_matrix
 from rankfold.plan import Plan
 
-SCHEMES = {"int8": 0.05, "nf4": 0.2}
-"""Schemes, and the relative error of a layer's outputs from which on the library is taken to have failed."""
+TOLERANCE = {"int8": 0.05, "nf4": 0.2}
+"""Relative error of a layer's outputs from which on the library is taken to have failed."""
 
 MULTIPLE = 64
 """Ranks of 4-bit factors are filled up to a multiple of this: kernels on CPUs misread the scales of other rows."""
@@ -51,14 +51,14 @@ def quantize_by_library(
     Raises:
         ValueError: If bitsandbytes is not installed, the scheme is unknown, or no layer passes the test.
     """
-    if scheme not in SCHEMES:
-        raise InputError(f"The scheme must be one of {', '.join(SCHEMES)}, but got {scheme!r}.")
+    if scheme not in TOLERANCE:
+        raise InputError(f"bitsandbytes quantizes to {' or '.join(TOLERANCE)}, but got {scheme!r}.")
     settings = _settings(scheme, dtype)
     device = str(chosen_device(device))
     if (Path(source) / ADAPTER).is_file() or quantized_by_library(source):
         raise InputError(f"{source}: quantized already, or adapters over such a model. Quantize what it was made from.")
     dense = load_model(source, dtype=dtype)
-    if any(isinstance(module, SpQRLinear) for module in dense.modules()):
+    if any(isinstance(module, QuantizedLinear) for module in dense.modules()):
         raise InputError(f"{source}: quantized already. Quantize the checkpoint from which it was made.")
     padded = pad_ranks(dense, MULTIPLE) if scheme == "nf4" else 0
     head = [name for name, module in dense.named_modules() if module is dense.get_output_embeddings()]
@@ -103,7 +103,7 @@ def _quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
 @torch.no_grad()
 def _passes(layer: Any, dense: Any, scheme: str) -> bool:
     """Whether a layer's outputs are near those of the dense one on random inputs."""
-    weight = dense.weight.T if type(dense).__name__ == "Conv1D" else dense.weight
+    weight = stored_matrix(dense)
     x = torch.randn(8, weight.shape[1], generator=torch.Generator().manual_seed(0))
     expected = F.linear(x, weight.float().cpu())
     try:
@@ -113,7 +113,7 @@ def _passes(layer: Any, dense: Any, scheme: str) -> bool:
         return False
     if layer.bias is not None:
         expected = expected + layer.bias.float().cpu()
-    return float((found.float().cpu() - expected).norm()) <= SCHEMES[scheme] * float(expected.norm())
+    return float((found.float().cpu() - expected).norm()) <= TOLERANCE[scheme] * float(expected.norm())
 
 
 def pad_ranks(model: Any, multiple: int) -> int:
@@ -141,3 +141,23 @@ def _pad(layer: LowRankLinear, missing: int) -> int:
     filled = LowRankLinear.from_factors(F.pad(up, (0, missing)), F.pad(down, (0, 0, 0, missing)), layer.up.bias)
     layer.down, layer.up, layer.rank = filled.down, filled.up, filled.rank
     return missing * (layer.in_features + layer.out_features)
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """A scheme of bitsandbytes as it is."""
+
+
+INT8 = Quantizer(
+    settings=NoSettings,
+    # A float32 scale a row.
+    bytes=lambda out, into, settings: out * into + 4 * out,
+    by_library=lambda source, settings, **places: quantize_by_library(source, "int8", **places),
+)
+NF4 = Quantizer(
+    settings=NoSettings,
+    # A float32 scale for 64 weights.
+    bytes=lambda out, into, settings: -(-out * into // 2) + 4 * -(-out * into // 64),
+    few=lambda settings: True,
+    by_library=lambda source, settings, **places: quantize_by_library(source, "nf4", **places),
+)

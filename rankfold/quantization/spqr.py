@@ -10,7 +10,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from rankfold.errors import InputError
-from rankfold.modules import SpQRLinear, pack, statistics
+from rankfold.modules import Quantizer, SpQRLinear, pack, statistics
 
 COLUMNS = 128
 """Columns, or so, whose errors are gathered before the columns after them are corrected."""
@@ -89,7 +89,7 @@ def spqr(
     if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(second).all()):
         raise InputError(
             "Weights and moments must be finite to be quantized, but some are NaN or infinite: the checkpoint is "
-            "damaged, or its activations overflow. Take another, or load a float16 model with --dtype bfloat16."
+            "damaged, or its activations overflow. Take another, or load a float16 model with `dtype` bfloat16."
         )
     W = weight.float().clone()
     out_features, in_features = W.shape
@@ -230,7 +230,17 @@ def spqr_linear(quantized: Quantized, grid: Grid, bias: Tensor | None, dtype: to
     return layer
 
 
-def bits_per_weight(layer: SpQRLinear) -> float:
-    """Average bits of a weight as stored: codes, scales, zero points, their ranges, and outliers with their places."""
-    stored = sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
-    return 8 * stored / (layer.out_features * layer.in_features)
+def _quantize(weight: Tensor, bias: Tensor | None, second: Tensor, grid: Grid) -> SpQRLinear:
+    return spqr_linear(spqr(weight, second, grid), grid, bias, weight.dtype)
+
+
+def _bytes(out_features: int, in_features: int, grid: Grid) -> int:
+    """Bytes of a matrix: codes, statistics and their ranges, and outliers, whose number is a target."""
+    groups, blocks = -(-in_features // grid.group), -(-out_features // grid.rows)
+    place = 2 if in_features <= 2**15 else 4
+    codes = grid.bits * -(-out_features * in_features // 8)
+    statistics = 2 * grid.statistics_bits * -(-out_features * groups // 8) + 2 * 4 * blocks * groups
+    return codes + statistics + place * out_features + (place + 2) * int(grid.outliers * out_features * in_features)
+
+
+SPQR = Quantizer(settings=Grid, bytes=_bytes, few=lambda grid: grid.bits <= 4, quantize=_quantize, module=SpQRLinear)

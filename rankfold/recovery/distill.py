@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from rankfold.errors import InputError
-from rankfold.modules import SpQRLinear
+from rankfold.modules import QuantizedLinear
+from rankfold.progress import Step, no_step
 from rankfold.sites import vocabulary_size
 
 OBJECTIVES = ("kl", "next-token")
@@ -33,17 +36,17 @@ class Recovered:
 def recover(  # noqa: PLR0913
     model: Any,
     teacher: Any,
-    windows: Int[Tensor, "windows length"],
-    held_out: Int[Tensor, "held_out length"],
+    batches: Tensor | Sequence[Mapping[str, Tensor]],
+    held_out: Tensor | None = None,
     *,
-    work: Path,
+    work: Path | None = None,
     objective: str = "kl",
     steps: int = 500,
     batch_size: int = 16,
     rate: float | None = None,
     lora_rank: int | None = None,
     seed: int = 0,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> Recovered:
     """Train a compressed causal language model, in place, and keep what did best on held-out text.
 
@@ -57,9 +60,10 @@ def recover(  # noqa: PLR0913
     Args:
         model: The compressed model.
         teacher: The dense model, or `None` for `next-token`.
-        windows: Token ids to train on.
-        held_out: Token ids to decide on.
-        work: Folder of the trainer's checkpoints; the caller removes it.
+        batches: Token ids to train on (windows, length), or batches with `input_ids` of one length.
+        held_out: Token ids to decide on; without it the last tenth of the windows is kept apart.
+        work: Folder of the trainer's checkpoints, from which an interrupted run resumes; the caller removes it.
+            Without it they lie in a temporary folder.
         objective: What is minimized.
         steps: Optimizer steps at most.
         batch_size: Windows a step.
@@ -72,6 +76,13 @@ def recover(  # noqa: PLR0913
         ValueError: If the objective is unknown, the teacher is missing, the two vocabularies differ, or the weights
             are in few bits and no adapters were asked for.
     """
+    if work is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return recover(
+                model, teacher, batches, held_out, work=Path(folder), objective=objective, steps=steps,
+                batch_size=batch_size, rate=rate, lora_rank=lora_rank, seed=seed, on_step=on_step,
+            )  # fmt: skip
+    windows, held_out = _windows(batches, held_out)
     quantized = is_quantized(model)
     _check(model, teacher, objective, adapters=lora_rank is not None)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -127,13 +138,13 @@ def _check(model: Any, teacher: Any, objective: str, adapters: bool) -> None:
             f"{vocabulary_size(model)} tokens."
         )
     if is_quantized(model) and not adapters:
-        raise InputError("Weights in few bits cannot take gradient steps: train adapters over them, with --lora 8.")
+        raise InputError("Weights in few bits cannot take gradient steps: train adapters over them, with `lora` 8.")
 
 
 def is_quantized(model: Any) -> bool:
     """Whether weights of the model are in few bits, by bitsandbytes or as SpQR stores them."""
     by_library = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    return by_library or any(isinstance(module, SpQRLinear) for module in model.modules())
+    return by_library or any(isinstance(module, QuantizedLinear) for module in model.modules())
 
 
 def _remove_incomplete(work: Path) -> None:
@@ -151,6 +162,22 @@ def _rate(model: Any, lora_rank: int | None) -> float:
     return float((0.04 if lora_rank else 0.016) / width**0.5)
 
 
+def _windows(batches: Tensor | Sequence[Mapping[str, Tensor]], held_out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Token ids to train on and to decide on, as tables; the last tenth is kept apart where nothing else is."""
+    if isinstance(batches, Tensor):
+        windows = batches
+    elif len({batch["input_ids"].shape[-1] for batch in batches}) == 1:
+        windows = torch.cat([batch["input_ids"] for batch in batches]).cpu()
+    else:
+        raise InputError("Recovery trains on windows of one length: give at least one batch, all of the same length.")
+    if held_out is not None:
+        return windows, held_out
+    if len(windows) < 2:
+        raise InputError(f"Recovery needs windows to train on and to decide on, but got {len(windows)} in all.")
+    cut = max(1, len(windows) // 10)
+    return windows[:-cut], windows[-cut:]
+
+
 def _rows(windows: Int[Tensor, "windows length"]) -> list[dict[str, Tensor]]:
     return [{"input_ids": window} for window in windows]
 
@@ -161,8 +188,8 @@ def _with_adapters(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise InputError("Training adapters needs PEFT: pip install 'rankfold[recovery]'") from error
-    if any(isinstance(module, SpQRLinear) for module in model.modules()):
-        raise InputError("PEFT trains no adapters over SpQR's layers: quantize with --scheme nf4 or int8 for that.")
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise InputError("PEFT trains no adapters over SpQR's layers: quantize with `scheme` nf4 or int8 for that.")
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0))

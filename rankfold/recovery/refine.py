@@ -19,6 +19,7 @@ from rankfold.calibration import BlockStep, walk_blocks
 from rankfold.calibration.walk import Call
 from rankfold.errors import InputError
 from rankfold.modules import linear_at, put, restack, use_eager_experts
+from rankfold.progress import Step, no_step
 from rankfold.recovery.divergence import divergence
 from rankfold.sites import block_paths
 
@@ -49,7 +50,7 @@ def refine_blocks(  # noqa: PLR0913
     rate: float | None = None,
     seed: int = 0,
     work: Path | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> list[Refined]:
     """Train every block in turn to give, on the compressed model's inputs, what the dense block gives on the dense's.
 
@@ -117,7 +118,7 @@ def refine_predictions(  # noqa: PLR0913
     rate: float | None = None,
     seed: int = 0,
     work: Path | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> list[Refined]:
     """Train every block in turn to give the dense model's predictions, the blocks after it being dense.
 
@@ -278,7 +279,7 @@ def _train(
     error_on: Callable[[int], Tensor],
     count: int,
     settings: tuple[int, float, int],
-    on_step: Callable[[], None],
+    on_step: Step,
 ) -> tuple[float, float]:
     """Train one block, in float32 whatever its dtype; its error on the held-out eighth before and after."""
     steps, rate, seed = settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from rankfold.cost.latency import cache_of
 from rankfold.errors import InputError
+from rankfold.progress import Step, no_step
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def sample_windows(
     *,
     seed: int = 0,
     batch_size: int = 64,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> Int[Tensor, "count length"]:
     """Windows that a causal language model writes by itself, at temperature 1, each from a first token on.
 
@@ -43,7 +43,7 @@ def sample_windows(
             size = min(batch_size, count - start)
             first = torch.full((size, 1), begin) if begin is not None else torch.randint(vocabulary, (size, 1))
             windows.append(_continue(model, first.to(device), length).cpu())
-            on_batch()
+            on_step()
     return torch.cat(windows)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rankfold.calibration import calibration_windows, load_corpus
 from rankfold.errors import InputError
+from rankfold.progress import Stage
 from rankfold.recovery.samples import sample_windows
 
 GENERATED = "generated"
@@ -29,7 +30,7 @@ def recovery_windows(  # noqa: PLR0913
     count: int,
     length: int,
     seed: int = 0,
-    stage: Callable[[str, int], Callable[[], None]],
+    stage: Stage,
 ) -> tuple[Int[Tensor, "windows length"], Int[Tensor, "held_out length"]]:
     """Windows to train on, as many of each text, and windows to decide on: of given text where there is any.
 
@@ -49,16 +50,14 @@ def recovery_windows(  # noqa: PLR0913
     if not texts:
         raise InputError("Recovery needs a text to train on, but got none.")
     if GENERATED in texts and teacher is None:
-        raise InputError("Generated text is the dense model's: pass --dense.")
+        raise InputError("Generated text is the dense model's: pass `dense`.")
     each = -(-count // len(texts))
     windows, held_out = [], []
     for name in dict.fromkeys(texts):
         if name == GENERATED:
             held = max(2, each // 16)
             advance = stage("generating text", -(-(each + held) // BATCH))
-            made = sample_windows(
-                teacher, tokenizer, each + held, length, seed=seed, batch_size=BATCH, on_batch=advance
-            )
+            made = sample_windows(teacher, tokenizer, each + held, length, seed=seed, batch_size=BATCH, on_step=advance)
             windows.append(made[:each])
             if texts == [GENERATED]:
                 held_out.append(made[each:])

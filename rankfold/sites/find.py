@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import InputError
-from rankfold.modules import FactorizedLinear, LinearStack, linear_shape
+from rankfold.modules import FactorizedLinear, LinearStack, is_linear, linear_shape
 from rankfold.sites.fused import fused_parts
 from rankfold.sites.site import Site, Sites, Skipped
 from rankfold.sites.text_inputs import example_ids, has_other_inputs, text_arguments, text_config
@@ -38,7 +38,7 @@ def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
         ValueError: If the model reads no token ids and `inputs` is not given, or if a model on the meta device
             cannot be run there, as some cannot with transformers 4.
     """
-    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     blocks = _blocks(model, linears)
     calls = _trace(model, linears, inputs)
     towers = _towers(model, linears, blocks, calls) if inputs is None and has_other_inputs(model) else set()
@@ -74,12 +74,6 @@ def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
 def _parameter_order(model: nn.Module) -> list[str]:
     names = [name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False)]
     return list(dict.fromkeys(names))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    if type(module).__name__ == "Conv1D":
-        return hasattr(module, "nf")
-    return isinstance(module, nn.Linear)
 
 
 def _site(
@@ -132,7 +126,7 @@ def block_paths(model: nn.Module) -> list[str]:
     linears = {
         name: module
         for name, module in model.named_modules()
-        if _is_linear(module) or isinstance(module, (FactorizedLinear, LinearStack))
+        if is_linear(module) or isinstance(module, (FactorizedLinear, LinearStack))
     }
     return _blocks(model, linears)
 

@@ -66,12 +66,27 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sites(Sequence[Site]):
     """The sites of a model in the order in which it holds them, and what was left out."""
 
     all: tuple[Site, ...]
     skipped: tuple[Skipped, ...] = ()
+
+    def __repr__(self) -> str:
+        """A line for each kind of site: its shape, and how many there are; then what is left out, by reason."""
+        total = sum(site.parameters for site in self.all)
+        lines = [f"{len(self)} sites, {total:,} parameters"]
+        kinds: dict[tuple[str, int, int], int] = {}
+        for site in self.all:
+            key = (site.kind, site.out_features, site.in_features)
+            kinds[key] = kinds.get(key, 0) + 1
+        lines += [f"  {kind:<32} {count:>4} x {out} x {into}" for (kind, out, into), count in kinds.items()]
+        reasons: dict[str, int] = {}
+        for skipped in self.skipped:
+            reasons[skipped.reason] = reasons.get(skipped.reason, 0) + 1
+        lines += [f"  left out: {count} x {reason}" for reason, count in reasons.items()]
+        return "\n".join(lines)
 
     def __len__(self) -> int:
         """Number of sites."""

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rankfold import Site, allocate, find_sites
 from rankfold.allocation import ALLOCATIONS, break_even_rank, rank_within
 from rankfold.factorization import METHODS
-from rankfold.plan import DENSE, stored_parameters
+from rankfold.modules import stored_parameters
+from rankfold.plan import DENSE
 
 
 def site(out: int, columns: int, bias: bool = False, name: str = "m") -> Site:

@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankfold import allocate
-from rankfold.allocation import PRICES, knapsack
-from rankfold.allocation.ranks import dense_option, option_at
+from rankfold.allocation import Allowance, dense_option, knapsack, option_at, site_options
 from rankfold.sites import Site
 
 
@@ -46,10 +45,10 @@ def test_no_choice_is_better_than_the_bound_and_enumeration_is_nearly_reached(
     allowed = [c for c in itertools.product(*choices) if sum(p for p, _ in c) <= budget]
     if not allowed:
         with pytest.raises(ValueError, match="must allow at least"):
-            knapsack(sites, form, budget=budget, losses=losses, price=PRICES["parameters"])
+            knapsack(site_options(sites, form, losses), Allowance(keep))
         return
     best = min(sum(loss for _, loss in c) for c in allowed)
-    options, bound = knapsack(sites, form, budget=budget, losses=losses, price=PRICES["parameters"])
+    options, bound = knapsack(site_options(sites, form, losses), Allowance(keep))
     found = sum(option.loss for option in options if option.loss)
     assert sum(option.parameters for option in options) <= budget
     assert bound <= best + 1e-9 <= found + 2e-9

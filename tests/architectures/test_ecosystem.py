@@ -12,14 +12,14 @@ import tiny
 import torch
 from transformers import Trainer, TrainingArguments
 
-from rankfold import allocate, compress, find_sites
+from rankfold import allocate, factorize, find_sites
 from rankfold.checkpoint import load_model, save
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     model = tiny.build("llama_gqa")
-    compress(model, allocate(find_sites(model).select(), keep=0.6, method="svd"))
+    factorize(model, allocate(find_sites(model).select(), keep=0.6, method="svd"))
     return save(model, None, tmp_path / "out")
 
 
@@ -97,7 +97,7 @@ def test_the_quantization_slot_is_free_for_bitsandbytes(bits: int, tmp_path: Pat
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    compress(model, allocate(find_sites(model).select(), rank=64, method="svd"))
+    factorize(model, allocate(find_sites(model).select(), rank=64, method="svd"))
     save(model, None, tmp_path / "out")
     settings = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=settings, device_map="cpu")

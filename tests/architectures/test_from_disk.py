@@ -11,15 +11,15 @@ import pytest
 import tiny
 import torch
 import transformers
-from test_cli import run
+from commands import run
 from tiny_models import pairs, tiny_config, tiny_model
 from transformers import AutoConfig
 
-from rankfold import allocate, compress, find_sites, written
+from rankfold import allocate, factorize, find_sites, written
 from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
+from rankfold.checkpoint.written import check_written
 from rankfold.errors import InputError
 from rankfold.quantization import Grid, quantize_blocks
-from rankfold.written import check_written
 
 KNOWN = set(pairs())
 
@@ -52,11 +52,11 @@ def logits(model: Any) -> torch.Tensor:
 def test_experts_from_disk_are_quantized_and_attention_alone_is_compressed(name: str, tmp_path: Path) -> None:
     tiny.build(name).save_pretrained(tmp_path / "source")
     model = load_model(tmp_path / "source")
-    compress(model, allocate(find_sites(model).select(["self_attn.o_proj"]), keep=0.5, method="svd"))
+    factorize(model, allocate(find_sites(model).select(["self_attn.o_proj"]), keep=0.5, method="svd"))
     save(model, None, tmp_path / "attention")
     assert torch.equal(logits(load_model(tmp_path / "attention")), logits(model))
     model = load_model(tmp_path / "source")
-    quantize_blocks(model, [tiny.inputs(model)], Grid(4))
+    quantize_blocks(model, [tiny.inputs(model)], "spqr", Grid(4))
     save(model, None, tmp_path / "spqr")
     assert torch.equal(logits(load_model(tmp_path / "spqr")), logits(model))
     export_dense(model, None, tmp_path / "dense")
@@ -111,7 +111,7 @@ def test_towers_are_sites_when_they_are_named(tmp_path: Path) -> None:
     tower = sites.select(["*vision_tower*"])
     assert len(tower) > 4
     assert not any(site.reads_text for site in tower)
-    compress(model, allocate(tower, keep=0.5, method="svd"))
+    factorize(model, allocate(tower, keep=0.5, method="svd"))
     picture = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.get_image_features(pixel_values=picture)
@@ -143,7 +143,7 @@ def test_small_files_travel_along_and_the_card_says_so(tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "modeling_custom.py", "flax_model.msgpack", "consolidated.00.pth"):
         (source / name).write_text("no")
     model = load_model(source)
-    compress(model, allocate(find_sites(model).select(), keep=0.5, method="svd"))
+    factorize(model, allocate(find_sites(model).select(), keep=0.5, method="svd"))
     out = save(model, None, tmp_path / "out", source=source)
     names = {path.name for path in out.iterdir()}
     assert {"LICENSE", "preprocessor_config.json", "chat_template.jinja", "tokenizer.model", "vocab.txt"} <= names

@@ -12,9 +12,10 @@ import tiny
 import torch
 from transformers import AutoModel
 
-from rankfold import Option, Plan, Sites, allocate, calibrate, compress, compress_blocks, find_sites
+from rankfold import Option, Plan, Sites, allocate, calibrate, factorize, find_sites
 from rankfold.architectures import release
 from rankfold.checkpoint import export_dense, load_model, save
+from rankfold.compression import factorize_blocks
 from rankfold.modules import FactorizedLinear, linear_at
 
 DECODERS = [name for name in tiny.ARCHITECTURES if name not in {"bert_masked", "bert_classifier", "roberta"}]
@@ -42,7 +43,7 @@ def test_full_rank_is_exact(name: str, form: str) -> None:
     model = tiny.build(name, torch.float64)
     expected = logits(model)
     sites = find_sites(model)
-    compress(model, full_rank_plan(sites, form))
+    factorize(model, full_rank_plan(sites, form))
     assert all(isinstance(linear_at(model, site.name), FactorizedLinear) for site in sites)
     torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
 
@@ -53,7 +54,7 @@ def test_compressed_saved_loaded_and_generating(name: str, tmp_path: Path) -> No
     sites = find_sites(model).select()
     batches = [tiny.inputs(model, length=16, batch=4, seed=seed) for seed in range(4)]
     before = sum(parameter.numel() for parameter in model.parameters())
-    plan = compress_blocks(model, allocate(sites, keep=0.6, method="whitened"), sites, batches)
+    plan = factorize_blocks(model, allocate(sites, keep=0.6, method="whitened"), sites, batches)
     after = sum(parameter.numel() for parameter in model.parameters())
     assert before - after == sum(site.parameters for site in sites) - plan.parameters > 0
     expected = logits(model)
@@ -84,7 +85,7 @@ def test_the_walk_measures_what_the_layers_read(name: str) -> None:
     model = tiny.build(name, torch.float64)
     sites = find_sites(model)
     batches = [tiny.inputs(model, seed=seed) for seed in range(3)]
-    statistics = calibrate(model, sites, batches)
+    statistics = calibrate(model, sites, batches, method="whitened")
     reads: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
     writes: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
     for site in sites:
@@ -111,7 +112,7 @@ def test_the_walk_measures_what_the_layers_read(name: str) -> None:
 def test_released_models_are_the_stock_ones_again(name: str) -> None:
     model = tiny.build(name, torch.float64)
     expected, stock = logits(model), type(model)
-    compress(model, full_rank_plan(find_sites(model), "low_rank"))
+    factorize(model, full_rank_plan(find_sites(model), "low_rank"))
     release(model)
     assert type(model) is stock
     assert not hasattr(model.config, "rankfold")
@@ -124,7 +125,7 @@ def test_added_biases_survive_the_dense_export(name: str, tmp_path: Path) -> Non
     model = tiny.build(name)
     sites = find_sites(model).select(["mlp.down_proj"] if name == "llama" else [])
     batches = [tiny.inputs(model, length=16, batch=4, seed=seed) for seed in range(4)]
-    compress_blocks(model, allocate(sites, keep=0.6, method="lord"), sites, batches)
+    factorize_blocks(model, allocate(sites, keep=0.6, method="lord"), sites, batches)
     expected = logits(model)
     export_dense(model, None, tmp_path / "dense")
     torch.testing.assert_close(logits(load_model(tmp_path / "dense")), expected, rtol=1e-4, atol=1e-4)
@@ -135,7 +136,7 @@ def test_biases_without_a_place_are_an_error_and_leave_the_model_as_it_was(name:
     model = tiny.build(name)
     sites = find_sites(model).select()
     batches = [tiny.inputs(model, length=32, batch=8, seed=seed) for seed in range(4)]
-    compress_blocks(model, allocate(sites, keep=0.6, method="lord"), sites, batches)
+    factorize_blocks(model, allocate(sites, keep=0.6, method="lord"), sites, batches)
     expected = logits(model)
     with pytest.raises(ValueError, match=r"no place for the biases.*such as whitened"):
         export_dense(model, None, tmp_path / "dense")
@@ -172,7 +173,7 @@ assert "rankfold" not in sys.modules
 def test_loads_where_rankfold_is_not_installed(name: str, tmp_path: Path) -> None:
     model = tiny.build(name)
     method = "tucker" if name == "llama_gqa" else "svd"
-    compress(model, allocate(find_sites(model).select(), keep=0.6, method=method))
+    factorize(model, allocate(find_sites(model).select(), keep=0.6, method=method))
     save(model, None, tmp_path / "out")
     inputs = tiny.inputs(model)
     torch.save(inputs, tmp_path / "inputs.pt")

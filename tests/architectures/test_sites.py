@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 from rankfold import find_sites
+from rankfold.compression import factorize_blocks
 from rankfold.modules import linear_at
 from rankfold.modules.install import READS_PLAN_VERSION
 from rankfold.plan import PLAN_VERSION
@@ -186,11 +187,11 @@ def test_heads_are_left_out_unless_named_and_tied_ones_always() -> None:
 
 
 def test_a_compressed_model_offers_no_factor_of_a_factor() -> None:
-    from rankfold import allocate, compress
+    from rankfold import allocate, factorize
 
     model = tiny.build("llama")
     sites = find_sites(model).select(["mlp.down_proj"])
-    compress(model, allocate(sites, keep=0.5, method="svd"))
+    factorize(model, allocate(sites, keep=0.5, method="svd"))
     assert not any(".down_proj." in site.name for site in find_sites(model))
 
 
@@ -209,7 +210,7 @@ def test_weights_of_eight_bits_are_no_sites() -> None:
 def test_blocks_in_lists_of_lists_are_found_and_compressed(tmp_path: Path) -> None:
     from transformers import FunnelConfig, FunnelModel
 
-    from rankfold import allocate, compress_blocks
+    from rankfold import allocate
     from rankfold.checkpoint import load_model, save
 
     config = FunnelConfig(
@@ -219,7 +220,7 @@ def test_blocks_in_lists_of_lists_are_found_and_compressed(tmp_path: Path) -> No
     sites = find_sites(model).select()
     assert {site.block for site in sites} == {"encoder.blocks.0.0", "encoder.blocks.1.0", "decoder.layers.0"}
     batches = [{"input_ids": torch.randint(3, 60, (4, 8))}]
-    plan = compress_blocks(model, allocate(sites, keep=0.6), sites, batches)
+    plan = factorize_blocks(model, allocate(sites, keep=0.6), sites, batches)
     assert len(plan.factorized) == len(sites)
     save(model, None, tmp_path / "out")
     with torch.no_grad():

@@ -9,8 +9,9 @@ import tiny
 import torch
 from conftest import stacked_experts
 
-from rankfold import allocate, calibrate, compress, compress_blocks, find_sites
+from rankfold import allocate, calibrate, factorize, find_sites
 from rankfold.calibration import MomentAccumulator, calibrate_blocks
+from rankfold.compression import factorize_blocks
 from rankfold.modules import linear_at
 
 
@@ -40,14 +41,14 @@ def test_chunks_in_float32_keep_the_sum_exact_where_float32_would_drift() -> Non
 
 def test_sites_that_share_an_input_share_one_accumulator() -> None:
     model = tiny.build("llama")
-    statistics = calibrate(model, find_sites(model), [tiny.inputs(model)])
+    statistics = calibrate(model, find_sites(model), [tiny.inputs(model)], method="whitened")
     query, key = (statistics[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
     assert query.inputs is key.inputs
 
 
 def test_the_smaller_side_is_measured() -> None:
     model = tiny.build("llama")
-    statistics = calibrate(model, find_sites(model), [tiny.inputs(model)])
+    statistics = calibrate(model, find_sites(model), [tiny.inputs(model)], method="whitened")
     down = statistics["model.layers.0.mlp.down_proj"]
     assert down.inputs is None
     assert down.outputs is not None
@@ -61,7 +62,7 @@ def test_only_one_blocks_moments_are_alive_at_a_time() -> None:
         if block.step is None:
             assert not block.moments
             continue
-        assert set(block.moments) == {site.name for site in sites if site.block == f"model.{block.step.path}"}
+        assert set(block.moments) == {site.name for site in sites if site.block == block.step.path}
 
 
 def test_a_block_that_is_applied_again_is_measured_over_all_its_visits() -> None:
@@ -79,14 +80,14 @@ def test_a_block_that_is_applied_again_is_measured_over_all_its_visits() -> None
             model(**batch)
     handle.remove()
     rows = torch.cat(seen).double()
-    moments = calibrate(model, sites, batches)[sites[0].name].inputs
+    moments = calibrate(model, sites, batches, method="whitened")[sites[0].name].inputs
     assert moments is not None
     assert moments.vectors == len(rows) == 3 * 2 * 4 * 8
     torch.testing.assert_close(moments.second, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-5)
     together, blockwise = copy.deepcopy(model), copy.deepcopy(model)
     plan = allocate(sites, keep=0.7)
-    compress(together, plan, calibrate(together, sites, batches))
-    compress_blocks(blockwise, plan, sites, batches)
+    factorize(together, plan, calibrate(together, sites, batches, method="whitened"))
+    factorize_blocks(blockwise, plan, sites, batches)
     with torch.no_grad():
         torch.testing.assert_close(blockwise(**batches[0])[0], together(**batches[0])[0])
 
@@ -96,7 +97,7 @@ def test_calibration_leaves_the_model_as_it_was(name: str) -> None:
     model = tiny.build(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     implementation = model.config._experts_implementation if name == "mixtral" else None
-    calibrate(model, find_sites(model), [tiny.inputs(model)])
+    calibrate(model, find_sites(model), [tiny.inputs(model)], method="whitened")
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     if implementation is not None:
@@ -111,7 +112,7 @@ def test_an_expert_without_tokens_stays_dense_with_a_note() -> None:
             layer.mlp.gate.weight[2] = 0
             layer.mlp.gate.weight[[0, 1, 3]] *= 10
     sites = find_sites(model).select()
-    plan = compress_blocks(model, allocate(sites, keep=0.6), sites, [{"input_ids": torch.full((1, 2), 7)}])
+    plan = factorize_blocks(model, allocate(sites, keep=0.6), sites, [{"input_ids": torch.full((1, 2), 7)}])
     unreached = [option for option in plan.options if "no calibration token" in option.note]
     assert unreached
     planned = {name for option in plan.options for name in option.sites}
@@ -126,4 +127,4 @@ def test_values_that_are_not_finite_name_the_site() -> None:
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = float("nan")
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn.*must be finite"):
-        calibrate(model, find_sites(model), [tiny.inputs(model)])
+        calibrate(model, find_sites(model), [tiny.inputs(model)], method="whitened")

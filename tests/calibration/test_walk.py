@@ -16,7 +16,7 @@ def test_blocks_come_in_order_and_every_batch_passes_each() -> None:
     passed: list[str] = []
     batches = [tiny.inputs(model, seed=seed) for seed in range(3)]
     paths = []
-    for step in walk_blocks(model, batches, on_batch=lambda: passed.append("batch")):
+    for step in walk_blocks(model, batches, on_step=lambda: passed.append("batch")):
         paths.append(step.path)
         assert len(step.calls) == 3
     assert paths == [f"{stack}.block.{i}" for stack in ("encoder", "decoder") for i in (0, 1)]

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfold.compression import factorized_module
 from rankfold.factorization import METHODS, Factors, Moments, SiteMoments
-from rankfold.plan import stored_parameters
+from rankfold.modules import FORMS, factorized_module, stored_parameters
 
 SHAPES = [(12, 12), (20, 8), (8, 20), (1, 6), (6, 1)]
 
@@ -80,6 +79,8 @@ def test_the_error_is_the_one_claimed(method: str, shape: tuple[int, int], bias:
 @pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 20)])
 @pytest.mark.parametrize("method", METHODS)
 def test_no_perturbation_of_the_factors_lowers_the_error(method: str, shape: tuple[int, int]) -> None:
+    if not METHODS[method].is_optimal:
+        pytest.skip("a heuristic: it claims no optimum")
     W, b, moments, x = problem(shape, "inputs")
     factors = METHODS[method].factorize(W, b, moments, 3)
     best = claimed_error(method, W, b, factors, x, moments)
@@ -99,7 +100,7 @@ def test_dtype_is_kept_and_parameters_are_as_declared(method: str, dtype: torch.
     form = METHODS[method].form
     module = factorized_module(factors, form)
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
-    ranks = (3, 3) if form == "tucker" else (3,)
+    ranks = FORMS[form].at(3)
     assert sum(p.numel() for p in module.parameters()) == stored_parameters(form, 20, 8, ranks, bias=True)
 
 

@@ -14,7 +14,7 @@ import torch
 from tiny import build
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rankfold import compress, find_sites
+from rankfold import factorize, find_sites
 from rankfold.cost import parameter_count
 from rankfold.exploration import (
     DesignSpace,
@@ -92,7 +92,7 @@ def test_a_point_predicts_the_parameters_of_the_compressed_model() -> None:
     plan = space.plan(point)
     before = parameter_count(model)
     factorized = copy.deepcopy(model)
-    compress(factorized, plan)
+    factorize(factorized, plan)
     assert before - parameter_count(factorized) == sum(site.parameters for site in sites) - plan.parameters
     assert multiplications(plan, sites) == plan.parameters  # no biases in a Llama
     assert {option.method for option in plan.options if option.form != DENSE} == {"svd", "tucker"}

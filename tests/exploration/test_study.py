@@ -15,6 +15,7 @@ import optuna
 import pytest
 import torch
 
+from rankfold.circumstances import Circumstances
 from rankfold.exploration import OBJECTIVES
 from rankfold.exploration.explore import Exploration, Measured, best_within, prepare, run_on_ray
 from rankfold.exploration.study import failures, finished, open_study, shown, trial_records
@@ -58,7 +59,7 @@ def test_trials_say_what_the_model_at_their_point_is(explored: Any) -> None:
         assert trial.values["parameters"] == numbers
         assert trial.values["quality"] == pytest.approx(worker.bench.score(worker.bench.model).mean - dense, abs=1e-6)
     assert done[0].values["quality"] == 0
-    records = trial_records(done, {"seed": 0})
+    records = trial_records(done, Circumstances({"seed": 0}))
     assert len(records) == 4 * len(done)
     assert {r.unit for r in records if r.name == "bytes"} == {"byte"}
     best = best_within(done, "parameters", 0.9 * worker.bench.dense_parameters)

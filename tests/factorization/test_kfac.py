@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfold.compression import factorized_module
 from rankfold.factorization import Moments, SiteMoments, kfac, ordered_kfac, pivoted, predicted_loss, shrunk
 from rankfold.factorization.pivoted import GROWTH
+from rankfold.modules import factorized_module
 
 
 def moments_of(vectors: Tensor) -> Moments:

@@ -13,11 +13,12 @@ from conftest import ROOT, asset
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification
 
-from rankfold import allocate, compress_blocks, find_sites
+from rankfold import allocate, find_sites
 from rankfold.calibration import load_corpus, make_batches, random_windows, token_stream
 from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.compression import factorize_blocks
 from rankfold.cost import disk_bytes, parameter_count
-from rankfold.measure import evaluation_windows
+from rankfold.measurement import evaluation_windows
 from rankfold.quality import classification_accuracy, load_labelled, next_token_quality
 
 MODELS = sorted(path.parent for path in ROOT.glob("models/*/config.json"))
@@ -44,7 +45,7 @@ def test_compression_costs_a_saturated_model_a_tenth_of_a_nat(folder: Path) -> N
     stream = token_stream(tokenizer, load_corpus("bundled:calibration").texts)
     sites = find_sites(model).select()
     batches = make_batches(model, random_windows(stream, 64, 256))
-    compress_blocks(model, allocate(sites, keep=0.8, method="whitened"), sites, batches)
+    factorize_blocks(model, allocate(sites, keep=0.8, method="whitened"), sites, batches)
     assert next_token_quality(model, windows).loss > dense.loss + 0.1
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import asset
 
-from rankfold import allocate, compress_blocks, find_sites
+from rankfold import allocate, find_sites
 from rankfold.calibration import make_batches, random_windows, split_windows
 from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.compression import factorize_blocks
 from rankfold.quality import next_token_quality
 
 
@@ -32,7 +33,7 @@ def perplexity(folder: Path, text: tuple[torch.Tensor, torch.Tensor], **settings
     model = load_model(folder)
     if settings:
         sites = find_sites(model).select()
-        compress_blocks(model, allocate(sites, **settings), sites, make_batches(model, text[0], 32))
+        factorize_blocks(model, allocate(sites, **settings), sites, make_batches(model, text[0], 32))
     return next_token_quality(model, text[1]).perplexity
 
 

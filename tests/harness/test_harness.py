@@ -22,6 +22,7 @@ from tiny import LLAMA_LIKE
 
 import rankfold.harness
 from rankfold.checkpoint import load_model, load_tokenizer
+from rankfold.circumstances import Circumstances
 from rankfold.harness import BENCHMARKS, Answers, ask, benchmark_records, convert_data, local_files
 from rankfold.harness.humaneval import process_results
 from rankfold.quality import mcnemar
@@ -214,9 +215,11 @@ def test_converted_rows_are_the_published_ones(data: Path) -> None:
 
 def test_differences_are_paired() -> None:
     answers = {"dense": Answers({"acc": [1.0, 0, 1, 1]}, 0, "x"), "small": Answers({"acc": [1.0, 0, 0, 0]}, 0, "x")}
-    apart = benchmark_records("b", answers, {})[-1]
+    apart = benchmark_records("b", answers, Circumstances({}))[-1]
     assert apart.value == -0.5
-    assert benchmark_records("b", {"dense": answers["dense"], "same": answers["dense"]}, {})[-1].error == 0.25
+    assert apart.context["interval"][0] < -0.5 < apart.context["interval"][1]
+    same = benchmark_records("b", {"dense": answers["dense"], "same": answers["dense"]}, Circumstances({}))[-1]
+    assert same.context["interval"] == pytest.approx([-1.96 / 6, 1.96 / 6])
     assert apart.context["mcnemar_p"] == mcnemar([1, 0, 0, 0], [1, 0, 1, 1]) == 0.5
     assert mcnemar([1] * 3000, [0] * 3000) < 1e-300
     assert mcnemar([1, 0], [0, 1]) == 1
@@ -309,7 +312,7 @@ def test_more_examples_than_there_are_is_one_message(bundled: Path, tmp_path: Pa
     (tmp_path / "arc_easy.train.jsonl").write_text(json.dumps({**ARC, "id": "2"}))
     models = {"model": load_model(bundled)}
     with pytest.raises(
-        ValueError, match="arc_easy: the harness cannot ask these questions.*more examples than --shots"
+        ValueError, match="arc_easy: the harness cannot ask these questions.*more examples than `shots`"
     ):
         ask(models, load_tokenizer(bundled), "arc_easy", folder=tmp_path, shots=9)
 

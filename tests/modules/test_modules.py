@@ -20,11 +20,12 @@ MAKERS: dict[str, Callable[..., FactorizedLinear]] = {
     "tucker": lambda **settings: TuckerLinear(8, 6, (3, 2), **settings),
     "pivoted": lambda **settings: PivotedLinear(8, 6, (3,), **settings),
 }
-forms = pytest.mark.parametrize("form", FORMS)
+MADE = [name for name, form in FORMS.items() if form.make is not None]
+forms = pytest.mark.parametrize("form", MADE)
 
 
 def test_every_form_is_tested() -> None:
-    assert set(MAKERS) == set(FORMS)
+    assert set(MAKERS) == set(MADE)
 
 
 @forms

@@ -168,7 +168,7 @@ def test_a_killed_run_ends_with_what_it_would_have_had(model, tasks: list[Task],
     killed = tmp_path / "killed.jsonl"
     killed.write_text("".join(lines[:6]) + lines[6][:20])
     calls: list[int] = []
-    again = complete_tasks(*model, tasks, killed, **settings, on_completion=lambda: calls.append(1))
+    again = complete_tasks(*model, tasks, killed, **settings, on_step=lambda: calls.append(1))
     assert again == whole
     assert len(calls) == len(whole) == 15
     assert len(read_completions(killed)) == 15

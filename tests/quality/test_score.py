@@ -14,15 +14,9 @@ from transformers import BertConfig, BertForMaskedLM
 
 from rankfold.calibration import masked_batches
 from rankfold.checkpoint import load_model, load_tokenizer
-from rankfold.measure import measure_score, scorer_for
-from rankfold.quality import (
-    ChoiceItems,
-    choose,
-    masked_score,
-    mistake_score,
-    next_token_quality,
-    next_token_score,
-)
+from rankfold.circumstances import Circumstances
+from rankfold.measurement import measure_score, scorer_for
+from rankfold.quality import ChoiceItems, choose, masked_score, mistake_score, next_token_quality, next_token_score
 from rankfold.quality.classification import Labelled
 
 
@@ -76,10 +70,11 @@ def test_a_masked_model_is_measured_by_its_own_objective(tmp_path: Path) -> None
     )
     models = {"dense": BertForMaskedLM(config).eval(), "other": BertForMaskedLM(config).eval()}
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "a quiet day at the sea, and nothing to do " * 40}) + "\n")
-    found = measure_score(models, tokenizer, str(tmp_path / "t.jsonl"), length=32, windows=4, context={})
-    assert [record.name for record in found] == ["masked_loss", "masked_loss"]
-    assert found[0].context["rise"] == 0
-    assert found[1].value - found[0].value == pytest.approx(found[1].context["rise"])
+    found = measure_score(models, tokenizer, str(tmp_path / "t.jsonl"), length=32, windows=4, here=Circumstances({}))
+    assert [(r.subject, r.name, r.is_difference) for r in found] == [
+        ("dense", "masked_loss", False), ("other", "masked_loss", False), ("other", "masked_loss", True),
+    ]  # fmt: skip
+    assert found[1].value - found[0].value == pytest.approx(found[2].value)
     with pytest.raises(ValueError, match="has no next-token or masked-token loss"):
         scorer_for(build("bert_classifier"), tokenizer, text=str(tmp_path / "t.jsonl"), length=8, windows=2)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankfold import allocate, compress, find_sites
+from rankfold import allocate, factorize, find_sites
 from rankfold.checkpoint import load_model, save
 from rankfold.cost import parameter_count
 from rankfold.modules import LowRankLinear
@@ -24,7 +24,7 @@ def llama(intermediate: int = 512, rank: int | None = 48) -> LlamaForCausalLM:
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     if rank:
-        compress(model, allocate(find_sites(model).select(), rank=rank, method="svd"))
+        factorize(model, allocate(find_sites(model).select(), rank=rank, method="svd"))
     return model
 
 
@@ -107,7 +107,7 @@ def test_a_layer_that_ran_before_anyone_watched_is_saved_as_it_computes(tmp_path
 
 
 def test_an_unknown_scheme_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one of int8, nf4"):
+    with pytest.raises(ValueError, match="quantizes to int8 or nf4"):
         quantize_by_library(tmp_path, "int3")
 
 
@@ -117,7 +117,7 @@ def test_what_is_quantized_is_not_quantized_again(tmp_path: Path) -> None:
     made, _ = quantize_by_library(tmp_path / "dense", "int8")
     save(made, None, tmp_path / "int8")
     model = llama()
-    quantize_blocks(model, [{"input_ids": IDS}], Grid(4))
+    quantize_blocks(model, [{"input_ids": IDS}], "spqr", Grid(4))
     save(model, None, tmp_path / "spqr")
     for name in ("int8", "spqr"):
         with pytest.raises(ValueError, match="quantized already"):

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rankfold import allocate, calibrate, compress, find_sites
+from rankfold import allocate, calibrate, factorize, find_sites
 from rankfold.calibration import load_corpus, make_batches, random_windows, summed_loss, token_stream
 from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
 from rankfold.cost import disk_bytes, parameter_count
 from rankfold.fingerprint import fingerprint
-from rankfold.measure import evaluation_windows
+from rankfold.measurement import evaluation_windows
 from rankfold.modules import SpQRLinear, linear_at, pack, unpack
 from rankfold.quality import next_token_quality
-from rankfold.quantization import Grid, bits_per_weight, quantize_blocks, spqr, spqr_linear
+from rankfold.quantization import Grid, quantize_blocks, spqr, spqr_linear
 
 
 def case(out_features: int = 48, in_features: int = 96, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -87,7 +87,7 @@ def test_without_outliers_and_with_exact_scales_it_is_gptq() -> None:
 def test_its_loss_is_below_gptq_and_a_third_of_nearest_at_equal_bits(bits: int, seed: int) -> None:
     W, S = case(seed=seed, out_features=128, in_features=256)
     layer = spqr_linear(spqr(W, S, Grid(bits)), Grid(bits), None, torch.float32)
-    assert bits_per_weight(layer) < bits + 1.15
+    assert layer.bits_per_weight < bits + 1.15
     ours = loss_of(W, layer.dequantized(), S)
     # Groups of 24 with a scale and a zero point in 16 bits: 1.33 bits besides the codes, more than ours.
     assert ours < loss_of(W, gptq(W, S, bits, 24), S)
@@ -154,7 +154,7 @@ def test_a_trained_model_loses_a_third_of_what_nearest_loses(bundled: Path) -> N
     held_out = evaluation_windows(tokenizer, load_corpus("bundled:python-held-out"), 256, 32)
     rounded = load_model(bundled.parent / "pycode-starcoder", dtype=torch.float32)
     dense = next_token_quality(model, held_out).loss
-    bits = quantize_blocks(model, batches, Grid(3))
+    bits = quantize_blocks(model, batches, "spqr", Grid(3))
     average = sum(bits.values()) / len(bits)
     for site in find_sites(rounded).select():
         linear = linear_at(rounded, site.name)
@@ -169,7 +169,7 @@ def test_a_trained_model_loses_a_third_of_what_nearest_loses(bundled: Path) -> N
 def test_dense_models_are_saved_loaded_and_exported(name: str, tmp_path: Path) -> None:
     model = tiny.build(name)
     inputs = tiny.inputs(model)
-    quantize_blocks(model, [inputs], Grid(4, group=8))
+    quantize_blocks(model, [inputs], "spqr", Grid(4, group=8))
     layers = [module for module in model.modules() if isinstance(module, SpQRLinear)]
     assert layers
     expected = model(**inputs)[0]
@@ -187,8 +187,8 @@ def test_factors_are_quantized_and_load_without_rankfold(form: str, tmp_path: Pa
     inputs = tiny.inputs(model)
     sites = find_sites(model).select()
     statistics = calibrate(model, sites, [inputs], loss=summed_loss(model, "text", 0))
-    compress(model, allocate(sites, rank=12, method="kfac", form=form), statistics)
-    quantize_blocks(model, [inputs], Grid(4, group=8))
+    factorize(model, allocate(sites, rank=12, method="kfac", form=form), statistics)
+    quantize_blocks(model, [inputs], "spqr", Grid(4, group=8))
     assert isinstance(model.model.layers[0].mlp.up_proj.down, SpQRLinear)
     expected = model(**inputs).logits
     save(model, None, tmp_path / "out")
@@ -202,8 +202,8 @@ def test_factors_are_quantized_and_load_without_rankfold(form: str, tmp_path: Pa
 def test_experts_in_few_bits_run_and_load(tmp_path: Path) -> None:
     model = tiny.build("mixtral")
     inputs = tiny.inputs(model)
-    compress(model, allocate(find_sites(model).select(), rank=8, method="svd"))
-    quantize_blocks(model, [inputs], Grid(8, group=8, outliers=0.0))
+    factorize(model, allocate(find_sites(model).select(), rank=8, method="svd"))
+    quantize_blocks(model, [inputs], "spqr", Grid(8, group=8, outliers=0.0))
     with torch.no_grad():
         expected = model(**inputs).logits
         save(model, None, tmp_path / "out")
@@ -214,7 +214,7 @@ def test_work_of_models_in_different_bits_is_told_apart() -> None:
     fingerprints = set()
     for grid in (Grid(3, group=8), Grid(4, group=8), Grid(4, group=16)):
         model = tiny.build("llama")
-        quantize_blocks(model, [tiny.inputs(model)], grid)
+        quantize_blocks(model, [tiny.inputs(model)], "spqr", grid)
         fingerprints.add(fingerprint(model))
     assert len(fingerprints) == 3
 
@@ -224,7 +224,7 @@ def test_it_is_really_that_small_on_disk(bundled: Path, tmp_path: Path) -> None:
     rest = sum(
         p.numel() for n, p in model.named_parameters() if not n.endswith("weight") or ".h." not in n or "ln" in n
     )
-    bits = quantize_blocks(model.to(torch.bfloat16), batches, Grid(3))
+    bits = quantize_blocks(model.to(torch.bfloat16), batches, "spqr", Grid(3))
     weights = {name: model.get_submodule(name) for name in bits}
     stored = sum(bits[n] / 8 * layer.out_features * layer.in_features for n, layer in weights.items())
     save(model, tokenizer, tmp_path / "out")
@@ -235,7 +235,7 @@ def test_it_is_really_that_small_on_disk(bundled: Path, tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_its_scales_is_refused(tmp_path: Path) -> None:
     model = tiny.build("llama")
-    quantize_blocks(model, [tiny.inputs(model)], Grid(4, group=8))
+    quantize_blocks(model, [tiny.inputs(model)], "spqr", Grid(4, group=8))
     save(model, None, tmp_path / "out")
     file = tmp_path / "out" / "model.safetensors"
     tensors = {name: part for name, part in load_file(file).items() if not name.endswith("q_proj.scale_codes")}
@@ -246,6 +246,6 @@ def test_a_checkpoint_without_its_scales_is_refused(tmp_path: Path) -> None:
 
 def test_a_quantized_model_is_not_quantized_again() -> None:
     model = tiny.build("llama")
-    quantize_blocks(model, [tiny.inputs(model)], Grid(4, group=8))
+    quantize_blocks(model, [tiny.inputs(model)], "spqr", Grid(4, group=8))
     with pytest.raises(ValueError, match="quantized already"):
-        quantize_blocks(model, [tiny.inputs(model)], Grid())
+        quantize_blocks(model, [tiny.inputs(model)], "spqr", Grid())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rankfold import allocate, compress, find_sites
+from rankfold import allocate, factorize, find_sites
 from rankfold.checkpoint import load_model, quantized_by_library, save, save_adapters
 from rankfold.quantization import Grid, quantize_blocks, quantize_by_library
 from rankfold.recovery import is_quantized, recover
@@ -23,7 +23,7 @@ def llama() -> LlamaForCausalLM:
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    compress(model, allocate(find_sites(model).select(), rank=32, method="svd"))
+    factorize(model, allocate(find_sites(model).select(), rank=32, method="svd"))
     return model
 
 
@@ -71,7 +71,7 @@ def test_weights_in_few_bits_alone_cannot_be_trained(quantized: Path, tmp_path: 
 
 def test_spqr_says_which_scheme_takes_adapters(tmp_path: Path) -> None:
     model = llama()
-    quantize_blocks(model, [{"input_ids": IDS}], Grid(4))
+    quantize_blocks(model, [{"input_ids": IDS}], "spqr", Grid(4))
     with pytest.raises(ValueError, match="nf4 or int8"):
         recover(model, None, IDS, IDS, work=tmp_path / "w", objective="next-token", steps=2, lora_rank=4)
 

@@ -10,18 +10,11 @@ import pytest
 import tiny
 import torch
 
-from rankfold import allocate, compress, find_sites
+from rankfold import allocate, factorize, find_sites
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.modules import linear_at
 from rankfold.quality import next_token_quality
-from rankfold.recovery import (
-    GENERATED,
-    recover,
-    recovery_windows,
-    refine_blocks,
-    refine_predictions,
-    sample_windows,
-)
+from rankfold.recovery import GENERATED, recover, recovery_windows, refine_blocks, refine_predictions, sample_windows
 from rankfold.recovery.divergence import divergence as logit_divergence
 
 
@@ -34,7 +27,7 @@ def damaged(name: str = "llama_gqa", rank: int = 6) -> tuple[Any, Any, dict[str,
     teacher, model = tiny.build(name).eval(), tiny.build(name).eval()
     sites = find_sites(model).select()
     dense = {site.name: linear_at(model, site.name) for site in sites}
-    compress(model, allocate(sites, rank=rank, method="svd"))
+    factorize(model, allocate(sites, rank=rank, method="svd"))
     return model, teacher, dense
 
 
@@ -224,7 +217,7 @@ def test_recovery_reads_given_and_generated_text_in_equal_parts(bundled: Path) -
     assert stages == ["generating text"]
     _, decided = recovery_windows(teacher, teacher, tokenizer, [GENERATED], **settings)
     assert decided.shape == (2, 32)
-    for texts, told in (([], "needs a text"), ([GENERATED], "pass --dense")):
+    for texts, told in (([], "needs a text"), ([GENERATED], "pass `dense`")):
         with pytest.raises(ValueError, match=told):
             recovery_windows(teacher, None, tokenizer, texts, **settings)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rankfold.errors import InputError
+from rankfold.progress import Step, no_step
 from rankfold.quality.code.tasks import Task
 from rankfold.quality.generation import Sampling, complete, prompt_ids, prompt_room
 from rankfold.record import whole_lines
@@ -34,7 +35,7 @@ def complete_tasks(  # noqa: PLR0913
     sampling: Sampling,
     batch_size: int = 16,
     seed: int = 0,
-    on_completion: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> list[Completion]:
     """Several answers to every task, those that stand in `file` taken from there.
 
@@ -50,7 +51,7 @@ def complete_tasks(  # noqa: PLR0913
         sampling: How they are drawn.
         batch_size: Prompts at once.
         seed: Seed of the draws.
-        on_completion: Called for each answer.
+        on_step: Called for each answer.
 
     Raises:
         ValueError: If more than one greedy answer is asked for, or the model does not generate.
@@ -73,7 +74,7 @@ def complete_tasks(  # noqa: PLR0913
             _append(file, {key: text for key, text in made.items() if key not in done})
             done = made | done
         for _ in batch:
-            on_completion()
+            on_step()
     return [Completion(task, sample, done[task.name, sample]) for task in tasks for sample in range(samples)]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rankfold.errors import InputError
+from rankfold.progress import Step, no_step
 from rankfold.quality.generation import Sampling, complete
 
 SHORTEST, LONGEST = 4, 100
@@ -49,7 +50,7 @@ def exact_lines(
     *,
     new_tokens: int = 48,
     batch_size: int = 16,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> list[bool]:
     """Which lines a causal language model writes exactly, taking its most likely tokens."""
     order = sorted(range(len(lines)), key=lambda index: len(lines[index].before))
@@ -66,5 +67,5 @@ def exact_lines(
         for index, text in zip(chosen, texts, strict=True):
             written = next((line.rstrip() for line in text.split("\n")[1:] if line.strip()), "")
             right[index] = written == lines[index].line
-        on_batch()
+        on_step()
     return right

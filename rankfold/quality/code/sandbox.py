@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from rankfold.errors import InputError
+from rankfold.progress import Step, no_step
 from rankfold.quality.code import sandboxed
 
 _FIRST_USER = 2_000_000
@@ -95,13 +96,13 @@ class Sandbox:
     """Without one, the strongest that works here."""
 
     def run_all(
-        self, programs: Iterable[str], *, workers: int | None = None, on_program: Callable[[], None] = lambda: None
+        self, programs: Iterable[str], *, workers: int | None = None, on_step: Step = no_step
     ) -> list[Execution]:
         """Run many programs, several at once, and give their results in order."""
 
         def one(program: str) -> Execution:
             execution = self.run(program)
-            on_program()
+            on_step()
             return execution
 
         with ThreadPoolExecutor(workers or _processors()) as pool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankfold.errors import InputError
+from rankfold.progress import Step, no_step
 from rankfold.quality.code.completions import Completion
 from rankfold.quality.code.sandbox import Execution, Sandbox
 from rankfold.quality.diversity import distinct_share, repeated_share
@@ -68,7 +69,7 @@ def score_completions(
     sandbox: Sandbox,
     *,
     workers: int | None = None,
-    on_program: Callable[[], None] = lambda: None,
+    on_step: Step = no_step,
 ) -> CodeScores:
     """Run every completion with its task's tests in the sandbox.
 
@@ -78,7 +79,7 @@ def score_completions(
     if not completions:
         raise InputError("Scores need at least one completion, but got none.")
     programs = [made.task.program(made.text) for made in completions]
-    executions = sandbox.run_all(programs, workers=workers, on_program=on_program)
+    executions = sandbox.run_all(programs, workers=workers, on_step=on_step)
     by_task: dict[str, list[bool]] = {}
     for made, execution in zip(completions, executions, strict=True):
         by_task.setdefault(made.task.name, []).append(execution.passed)

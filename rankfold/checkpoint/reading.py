@@ -1,0 +1,252 @@
+"""A model folder, a GGUF file or a name on the hub, read with the class that its configuration names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+from rankfold.architectures import auto_class_for
+from rankfold.checkpoint.few_bits import loading_settings, made_dense, scheme_of
+from rankfold.errors import InputError
+from rankfold.modules import keep_storage
+from rankfold.registration import PREFIX
+from rankfold.shards import check_folder
+
+ADAPTER = "adapter_config.json"
+"""The file by which a folder of adapters is known."""
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A model and its tokenizer, `None` where none lies beside it; weights in few bits are made dense.
+
+    Args:
+        source: A model folder, a GGUF file, or the name of a model on the hub.
+        dtype: Dtype of the weights; without it the checkpoint's own.
+        device: Where to put the model, `auto` being CUDA where there is one; without it the CPU.
+        trust_remote_code: Whether code that lies in the folder may run.
+
+    Raises:
+        ValueError: If there is no such model, or it cannot be read.
+    """
+    model = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, dense=True)
+    return model, tokenizer_if_any(source)
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    dense: bool = False,
+) -> Any:
+    """A model with the class that its configuration names, dense or factorized, in evaluation mode.
+
+    Args:
+        source: A model folder, a GGUF file, or the name of a model on the hub.
+        dtype: Dtype of the weights; without it the checkpoint's own.
+        device: Where to put the model; without it the CPU.
+        trust_remote_code: Whether code that lies in the folder may run.
+        dense: Whether weights that a library stored in few bits are made dense; `model.few_bits` then names the
+            scheme that they came in.
+
+    Raises:
+        ValueError: If there is no such model, a shard is missing or damaged, weights that the model needs are not in
+            the checkpoint, or dense weights are asked for that cannot be had.
+    """
+    device = chosen_device(device)
+    if (Path(source) / ADAPTER).is_file():
+        return _with_adapters(Path(source), dtype, device, trust_remote_code)
+    check_source(source)
+    with _reading(source):
+        place, config = _config_of(source, trust_remote_code)
+        scheme = scheme_of(config)
+        auto_class = auto_class_for(config)
+        settings: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code, **place}
+        if scheme is not None:
+            # Where a library quantized the weights it also puts them in their place.
+            settings |= {"device_map": {"": str(device or "cpu")}}
+            settings |= loading_settings(scheme, source) if dense else {}
+        if "gguf_file" not in place:
+            settings["config"] = config
+        model, info = auto_class.from_pretrained(_folder(source), **settings, output_loading_info=True)
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    if missing:
+        raise InputError(
+            f"{source}: the checkpoint must hold all weights of {type(model).__name__}, but {len(missing)} are missing "
+            f"or of another shape, for example {missing[:3]}. They would be random; take a whole checkpoint."
+        )
+    origin = "GGUF" if "gguf_file" in place else scheme if dense else None
+    if origin is not None:
+        model = made_dense(model, source, origin)
+        model.few_bits = origin
+    keep_storage(model)
+    return (model if device is None or scheme is not None else model.to(device)).eval()
+
+
+def _folder(source: str | Path) -> str | Path:
+    return Path(source).parent if is_gguf(source) else source
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Whether a source is a GGUF file."""
+    return Path(source).suffix == ".gguf"
+
+
+def _config_of(source: str | Path, trust_remote_code: bool) -> tuple[dict[str, str], Any]:
+    """What loaders must be told of where the weights lie, and the configuration."""
+    place = {"gguf_file": Path(source).name} if is_gguf(source) else {}
+    if place and importlib.util.find_spec("gguf") is None:
+        raise InputError(f"{source}: reading GGUF needs an extra: pip install 'rankfold[gguf]'")
+    config = AutoConfig.from_pretrained(_folder(source), trust_remote_code=trust_remote_code, **place)
+    return place, config
+
+
+@contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    """What goes wrong while transformers reads a checkpoint, in words that say what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{source}: reading this checkpoint needs a library that is not here ({reason}).") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{source}: a JSON file beside the weights is damaged ({error}). Copy it again.") from error
+    except OSError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"{source}: no model folder, and no model of this name can be reached on the hub ({reason})"
+        raise InputError(message) from error
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{source}: a shard cannot be read ({error}). Copy or download it again.") from error
+    except Exception as error:  # a damaged configuration makes transformers raise anything, down to ZeroDivisionError
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{source}: transformers {transformers.__version__} cannot load this checkpoint "
+            f"({type(error).__name__}: {reason[:300]}). Check config.json and the weights beside it, or load it with "
+            "transformers first; --debug shows the trace."
+        ) from error
+
+
+def _with_adapters(folder: Path, dtype: Any, device: Any, trust_remote_code: bool) -> Any:
+    """The model that a folder's adapters were trained over, with them."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise InputError(f"{folder}: adapters need PEFT: pip install 'rankfold[recovery]'") from error
+    base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
+    model = load_model(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def stored_dtype(source: str | Path) -> torch.dtype:
+    """Dtype in which a checkpoint says that its weights are stored; float32 where it does not."""
+    _, config = _config_of(source, trust_remote_code=False)
+    dtype = config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def quantized_by_library(source: str | Path) -> bool:
+    """Whether a checkpoint says that a library of transformers' quantized it."""
+    return not is_gguf(source) and scheme_of(AutoConfig.from_pretrained(source)) is not None
+
+
+def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that lies beside a model, or inside a GGUF file.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if is_gguf(source):
+        with _reading(source):
+            return AutoTokenizer.from_pretrained(_folder(source), gguf_file=Path(source).name)
+    if not _may_have_tokenizer(source):
+        raise InputError(f"{source}: no tokenizer lies beside the model. Copy its files there.")
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, KeyError, ValueError) as error:
+        # transformers 5 writes a class name that 4.57 does not know, for a class that it does know.
+        if "TokenizersBackend" in str(error):
+            return PreTrainedTokenizerFast.from_pretrained(source)
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{source}: the tokenizer beside the model cannot be read ({reason}).") from error
+
+
+def tokenizer_if_any(source: str | Path) -> Any:
+    """The tokenizer beside a model, or `None`, for work that reads no text and only copies it."""
+    return load_tokenizer(source) if _may_have_tokenizer(source) else None
+
+
+def _may_have_tokenizer(source: str | Path) -> bool:
+    folder = Path(source)
+    return not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in ("*token*", "*vocab*", "*.model"))
+
+
+def is_factorized(folder: str | Path) -> bool:
+    """Whether a folder holds a checkpoint of ours."""
+    config = Path(folder) / "config.json"
+    return config.is_file() and str(json.loads(config.read_text()).get("model_type", "")).startswith(PREFIX)
+
+
+def chosen_device(device: torch.device | str | None) -> torch.device | str | None:
+    """The device that a name stands for; `auto` is CUDA where there is one, otherwise the CPU.
+
+    Raises:
+        ValueError: If there is no device of this name.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = None if device is None else torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"A device must be auto, cpu, cuda or cuda:1, but got {device!r}.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"The device {device} was asked for, but torch {torch.__version__} sees no CUDA device here.")
+    return device
+
+
+def check_source(source: str | Path) -> None:
+    """Whether a model can lie here, to be asked before anything is loaded.
+
+    Raises:
+        ValueError: If a folder holds no whole checkpoint, or there is no such folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"{path}: a model folder must hold config.json, but this one does not.")
+        _check_config(path / "config.json")
+        check_folder(path)
+    elif path.is_file() and is_gguf(path):
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{path}: no GGUF file, since it does not begin with those letters.")
+    elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
+        raise InputError(
+            f"{source}: a model must be a folder with config.json, a .gguf file, or a name on the hub; no such folder."
+        )
+
+
+def _check_config(file: Path) -> None:
+    try:
+        settings = json.loads(file.read_text())
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{file}: the configuration cannot be read ({error}). Copy it again.") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
+        raise InputError(f"{file}: a configuration must be an object with a `model_type`, but this one is none.")

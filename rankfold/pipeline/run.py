@@ -1,0 +1,289 @@
+"""The front door: from a model, a text and a budget in the user's words to a compressed model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankfold.allocation import BudgetError, allocate
+from rankfold.calibration import BUNDLED, Corpus, calibrate, summed_loss, usual_labels
+from rankfold.compression import compress_in_rounds, factorize, factorize_blocks, nest, restore
+from rankfold.errors import InputError
+from rankfold.fingerprint import fingerprint
+from rankfold.modules import linear_at, use_eager_experts
+from rankfold.pipeline.budget import Budget
+from rankfold.pipeline.reading import Reading, read_text
+from rankfold.pipeline.settings import DRIFT, ROUNDS, Settings
+from rankfold.plan import DENSE, Option, Plan
+from rankfold.progress import Stage, no_stage
+from rankfold.quality import next_token_quality
+from rankfold.recovery import predicts, refine_blocks, refine_predictions
+from rankfold.sites import Site, Sites, block_paths, find_sites
+
+SEARCH_STEPS = 6
+"""Halvings of the interval in which `keep` is searched for a limit on the loss."""
+
+
+def compress(  # noqa: PLR0913
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    keep: float | None = None,
+    bytes: int | str | None = None,
+    max_loss_increase: float | None = None,
+    rank: int | None = None,
+    plan: Plan | None = None,
+    text: str | Path | Corpus | Sequence[str] | Tensor = BUNDLED[0],
+    sequences: int = 128,
+    length: int | None = None,
+    batch_size: int = 8,
+    sites: Sequence[str] | Sites | None = None,
+    method: str = "kfac",
+    allocation: str | None = None,
+    form: str | None = None,
+    multiple: int = 1,
+    rounds: int = ROUNDS,
+    drift: float = DRIFT,
+    refine: int = 0,
+    refine_toward: str = "predictions",
+    labels: str | None = None,
+    nested: bool = False,
+    seed: int = 0,
+    stage: Stage = no_stage,
+    work: Path | None = None,
+) -> Plan:
+    """Compress a model, in place, within a budget: the one call that the command line and all programs here make.
+
+    The budget is one of `keep`, `bytes`, `max_loss_increase`, `rank` and `plan`; without any, `keep=0.8`.
+
+    Args:
+        model: A transformers model, dense or compressed before.
+        tokenizer: Its tokenizer; needed where `text` is text, not tokens.
+        keep: Fraction of the sites' parameters to keep, in (0, 1].
+        bytes: Bytes of the whole model, such as `120_000_000` or `"120MB"`.
+        max_loss_increase: The smallest model whose loss on held-out text rises by no more, in nats per token.
+        rank: One rank for all sites.
+        plan: A plan whose forms and ranks are carried out as they are.
+        text: What to calibrate on: a file, a data set name, a corpus, texts, or windows of token ids (windows,
+            length), which are taken as they are.
+        sequences: Windows of the text.
+        length: Tokens of a window; without it 512, or what the model reads.
+        batch_size: Windows that pass the model at once.
+        sites: Patterns or kinds of sites, or sites; without them all linear layers of the blocks that read text.
+        method: A key of `rankfold.factorization.METHODS`.
+        allocation: A key of `rankfold.allocation.ALLOCATIONS`; without it the one that suits method and budget.
+        form: A key of `rankfold.modules.FORMS`; without it the method's own.
+        multiple: Ranks are lowered to a multiple of this.
+        rounds: Rounds after the first in which statistics are measured again, for methods that are ordered.
+        drift: Share of the drift that is corrected, 0 to 1, for the same.
+        refine: Gradient steps on each block after its factorization.
+        refine_toward: `predictions` of the model, or each `block`'s own output.
+        labels: `text` or `sampled`; without it those of the text where it holds them.
+        nested: Write one larger model that `rankfold.compression.shrink` cuts to any budget; the budget is ignored.
+        seed: Seed of everything random.
+        stage: Opens a stage of work, for progress bars.
+        work: Folder in which refined blocks are kept, so that an interrupted run resumes; the caller removes it.
+
+    Returns:
+        The plan as it was carried out, which the model's configuration holds too.
+
+    Raises:
+        ValueError: If the budget is not one or cannot be met, a name is unknown, there is no text, or something that
+            was read is not finite.
+    """
+    if isinstance(tokenizer, Plan):
+        raise InputError(
+            "A plan is carried out by factorize(model, plan, statistics), or by compress(model, tokenizer, plan=plan), "
+            "which measures what it needs."
+        )
+    budget = Budget(keep=keep, bytes=bytes, max_loss_increase=max_loss_increase, rank=rank, plan=plan)
+    settings = Settings(
+        method=method, allocation=allocation, form=form, multiple=multiple, rounds=rounds, drift=drift,
+        refine=refine, refine_toward=refine_toward, labels=labels, seed=seed,
+    )  # fmt: skip
+    chosen = sites if isinstance(sites, Sites) else find_sites(model).select(sites or ())
+    settings.check(model, chosen, budget)
+    reading = None
+    if nested or settings.needs_text(budget):
+        held_out = budget.max_loss_increase is not None
+        reading = read_text(
+            model, tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed,
+            held_out=held_out,
+        )  # fmt: skip
+    if nested:
+        assert reading is not None, "a nested model is measured"
+        return _nest(model, chosen, settings, reading, stage)
+    return _Compression(model, chosen, budget, settings, reading, stage).run(work)
+
+
+class _Compression:
+    """One compression of a model, in place."""
+
+    def __init__(
+        self, model: Any, sites: Sites, budget: Budget, settings: Settings, reading: Reading | None, stage: Stage
+    ) -> None:
+        self.model, self.sites, self.budget, self.settings = model, sites, budget, settings
+        self.reading, self.stage = reading, stage
+        self.batches: list[dict[str, Tensor]] = [] if reading is None else reading.batches
+        self.labels = settings.labels or usual_labels(model, self.batches)
+        if settings.refine and (len(self.batches) < 2 or any(site.calls > 1 for site in sites)):
+            raise InputError(
+                f"Refinement needs at least two batches of calibration text, but got {len(self.batches)}, and blocks "
+                "that a pass applies once. Raise `sequences`, or leave `refine` out."
+            )
+        self.dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
+        use_eager_experts(model)
+
+    def run(self, work: Path | None) -> Plan:
+        """Factorize within the budget, then refine where that was asked for."""
+        budget, refine = self.budget, self.settings.refine
+        digest = fingerprint(self.model) if refine and work is not None else ""
+        teacher = None
+        if refine and self.settings.refine_toward == "predictions" and predicts(self.model, self.batches[0]):
+            teacher = _teacher(self.model, self.dense.values())
+        if budget.max_loss_increase is None:
+            plan = self.attempt(budget.keep_of(self.model, self.sites), "")
+        else:
+            plan = self.search(budget.max_loss_increase)
+        return self.refined(plan, teacher, None if work is None else (work, digest)) if refine else plan
+
+    def attempt(self, keep: float | None, title: str) -> Plan:
+        """Compress once."""
+        model, settings, batches = self.model, self.settings, self.batches
+        blocks = len({site.block for site in self.sites if site.block})
+        facts = {} if self.reading is None else dict(self.reading.facts)
+        gradients = settings.needs_gradients(self.budget)
+        if gradients:
+            facts["labels"] = self.labels
+
+        def allocated(losses: Mapping[str, Sequence[float]] | None) -> Plan:
+            return replace(self._allocated(keep, losses), calibration=facts)
+
+        if gradients and settings.entry.ordered is not None:
+            visits = (settings.rounds + 1) * 2 * blocks + (6 * blocks if settings.drift else 0)
+            return compress_in_rounds(
+                model, self.sites, batches, loss=summed_loss(model, self.labels, settings.seed), allocate=allocated,
+                method=settings.method, rounds=settings.rounds, drift=settings.drift,
+                on_step=self.stage(f"{title}measuring inputs and gradients", visits * len(batches)),
+            )  # fmt: skip
+        if gradients:
+            advance = self.stage(f"{title}measuring inputs and gradients", (2 * blocks + 1) * len(batches))
+            loss = summed_loss(model, self.labels, settings.seed)
+            statistics = calibrate(model, self.sites, batches, method=settings.method, loss=loss, on_step=advance)
+            plan = allocated(statistics.losses(settings.method))
+            return factorize(model, plan, statistics, self.stage(f"{title}sites", len(self.sites)))
+        if settings.entry.needs_data:
+            advance = self.stage(f"{title}blocks x batches", (blocks + 1) * len(batches))
+            return factorize_blocks(model, allocated(None), self.sites, batches, advance)
+        return factorize(model, allocated(None), on_step=self.stage(f"{title}sites", len(self.sites)))
+
+    def _allocated(self, keep: float | None, losses: Mapping[str, Sequence[float]] | None) -> Plan:
+        """The plan for a budget; a given plan with what is predicted of it now."""
+        if self.budget.plan is None:
+            return allocate(self.sites, **self.settings.choice(self.budget, keep), losses=losses)
+        known = losses or {}
+
+        def predicted(option: Option) -> float | None:
+            if option.form == DENSE or not all(name in known for name in option.sites):
+                return None
+            return sum(known[name][option.ranks[0]] for name in option.sites)
+
+        given = self.budget.plan.options
+        options = tuple(replace(option, loss=predicted(option), structure={}) for option in given)
+        return replace(self.budget.plan, options=options)
+
+    def search(self, limit: float) -> Plan:
+        """The smallest `keep` whose loss on held-out text rises by no more than the limit, by bisection."""
+        model, dense = self.model, self.dense
+        held_out = None if self.reading is None else self.reading.held_out
+        assert held_out is not None, "a limit on the loss is verified on held-out text"
+        before = next_token_quality(model, held_out).loss
+        earlier = getattr(model.config, "rankfold", None)
+        low, high = 0.0, 1.0
+        best: float | None = None
+        rise = 0.0
+        tried: float | None = None
+        plan: Plan | None = None
+        for number in range(1, SEARCH_STEPS + 1):
+            middle = (low + high) / 2
+            try:
+                plan, tried = self.attempt(middle, f"try {number} of {SEARCH_STEPS}, keep {middle:.3f}: "), middle
+                rise = next_token_quality(model, held_out).loss - before
+            except BudgetError:
+                restore(model, dense, earlier)
+                low = middle
+                continue
+            if rise <= limit:
+                high, best = middle, middle
+            else:
+                low = middle
+            if number < SEARCH_STEPS or rise > limit:
+                restore(model, dense, earlier)
+                plan = None
+        if best is None:
+            raise InputError(
+                f"No compression keeps the rise of the loss within {limit:g} nats per token: keep {high - low:.3f} "
+                "below the whole model still costs more. Raise `max_loss_increase`, or recover afterwards (rankfold "
+                "recover)."
+            )
+        if plan is None or tried != best:
+            plan = self.attempt(best, f"keep {best:.3f}: ")
+            rise = next_token_quality(model, held_out).loss - before
+        facts = {"max_loss_increase": limit, "measured_increase": round(rise, 5), "dense_loss": round(before, 5)}
+        return note(model, plan, facts)
+
+    def refined(self, plan: Plan, teacher: Any, work: tuple[Path, str] | None) -> Plan:
+        """The plan after every block was trained towards the dense model."""
+        model, settings = self.model, self.settings
+        steps = settings.refine
+        chosen = [(option.sites, option.form, option.ranks) for option in plan.options]
+        folder = None
+        if work is not None:
+            folder = work[0] / fingerprint(work[1], chosen, asdict(settings), self.batches)
+        blocks = len({site.block for site in self.sites if site.block})
+        advance = self.stage("refining blocks", steps * blocks)
+        training: dict[str, Any] = {"steps": steps, "seed": settings.seed, "work": folder, "on_step": advance}
+        if teacher is not None:
+            refine_predictions(model, teacher, self.batches, **training)
+        else:
+            refine_blocks(model, self.batches, self.dense, **training)
+        toward = "block" if teacher is None else "predictions"
+        plan = note(model, plan, {"refine": steps, "refine_toward": toward})
+        held_out = None if self.reading is None else self.reading.held_out
+        if held_out is not None and "measured_increase" in plan.calibration:
+            rise = next_token_quality(model, held_out).loss - plan.calibration["dense_loss"]
+            plan = note(model, plan, {"measured_increase": round(rise, 5)})
+        return plan
+
+
+def _nest(model: Any, sites: Sequence[Site], settings: Settings, reading: Reading, stage: Stage) -> Plan:
+    """Write a model, in place, as one for many budgets."""
+    if settings.entry.ordered is None:
+        raise InputError(
+            f"A nested model needs the factors of every rank at once, which {settings.method} does not give. Take kfac."
+        )
+    passes = len({site.block for site in sites}) + 1
+    advance = stage("measuring inputs and gradients", 2 * passes * len(reading.batches))
+    loss = summed_loss(model, settings.labels or usual_labels(model, reading.batches), settings.seed)
+    statistics = calibrate(model, sites, reading.batches, method=settings.method, loss=loss, on_step=advance)
+    return nest(model, sites, statistics, settings.method)
+
+
+def _teacher(model: Any, shared: Iterable[nn.Module]) -> Any:
+    """The dense model once more, sharing what compression leaves alone: the layers that it replaces, the embeddings."""
+    inside = {id(part) for path in block_paths(model) for part in model.get_submodule(path).parameters()}
+    parts = [part for part in model.parameters() if id(part) not in inside]
+    parts += [part for layer in shared for part in layer.parameters()]
+    return copy.deepcopy(model, {id(part): part for part in parts})
+
+
+def note(model: Any, plan: Plan, facts: Mapping[str, Any]) -> Plan:
+    """The plan with more facts, which the model's configuration holds too, beside those of earlier compressions."""
+    stored = dict(model.config.rankfold)
+    model.config.rankfold = {**stored, "calibration": {**stored["calibration"], **facts}}
+    return replace(plan, calibration={**plan.calibration, **facts})
