@@ -286,7 +286,8 @@ def test_an_installed_package_adds_entries(plugin: Path, bundled: Path, tmp_path
 import sys
 sys.path.insert(0, {str(plugin)!r})
 from rankfold.cli import main
-sys.argv = ["rankfold", "compress", {str(bundled)!r}, {str(tmp_path / "out")!r}, "--method", "rows", "--allocation", "halving"]
+command = ["compress", {str(bundled)!r}, {str(tmp_path / "out")!r}, "--method", "rows", "--allocation", "halving"]
+sys.argv = ["rankfold", *command]
 main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
