@@ -32,6 +32,7 @@ from torch.nn.utils import parametrize
 from transformers import BertForSequenceClassification
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
+from assets import asset
 from results import Results, quiet
 
 from rankfold import allocate, calibrate, compress, find_sites
@@ -385,9 +386,9 @@ ABLATION: dict[str, Callable[..., float]] = {
 
 def stories(assets: Path) -> tuple[Subject, Tensor]:
     """stories260K with the split of the design: 70 % of one stream to calibrate and train on, the rest to test."""
-    folder = assets / "weights" / "stories260K"
+    folder = asset("weights/stories260K", assets)
     tokenizer = load_tokenizer(folder)
-    text = (assets / "data" / "tinystories" / "tinystories_sample.txt").read_text()
+    text = (asset("data/tinystories", assets) / "tinystories_sample.txt").read_text()
     ids = torch.tensor(tokenizer(text)["input_ids"])
     cut = int(0.7 * len(ids))
     test = split_windows(ids[cut:], 256)
@@ -439,16 +440,16 @@ def bundled(name: str) -> Subject:
 
 def minilm(assets: Path) -> Subject:
     """all-MiniLM-L6-v2 with the SST-2 head: accuracy on the 872 validation rows; labels drawn from the model."""
-    folder = assets / "weights" / "all-MiniLM-L6-v2"
+    folder = asset("weights/all-MiniLM-L6-v2", assets)
     tokenizer = load_tokenizer(folder)
-    head = load_file(assets / "weights" / "all-MiniLM-L6-v2-sst2-head" / "delta.safetensors")
+    head = load_file(asset("weights/all-MiniLM-L6-v2-sst2-head", assets) / "delta.safetensors")
 
     def load() -> Any:
         model = BertForSequenceClassification.from_pretrained(folder, num_labels=2)
         model.load_state_dict(head, strict=False)
         return model.eval()
 
-    rows_file = assets / "data" / "sst2" / "sst2_validation.jsonl.gz"
+    rows_file = asset("data/sst2", assets) / "sst2_validation.jsonl.gz"
     with gzip.open(rows_file, "rt") as lines:
         rows = [json.loads(line) for line in lines]
     labelled = Labelled([row["sentence"] for row in rows], [row["label"] for row in rows])
@@ -457,7 +458,7 @@ def minilm(assets: Path) -> Subject:
         accuracy = classification_accuracy(model, tokenizer, labelled)
         return accuracy.value, accuracy.error
 
-    stream = token_stream(tokenizer, load_corpus(assets / "data" / "wikitext2" / "wiki.valid.tokens").texts)
+    stream = token_stream(tokenizer, load_corpus(asset("data/wikitext2", assets) / "wiki.valid.tokens").texts)
     frame = special_tokens(tokenizer)
     here = circumstances(load(), data=rows_file, calibration="WikiText-2 validation, 128 x 64 tokens")
     return Subject(

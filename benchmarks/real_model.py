@@ -1,10 +1,10 @@
-"""README's table: a real model as it is, quantized, and compressed, by the calls that users make, measured side by side.
+"""README's table: a real model as it is, quantized and compressed, by the calls that users make, side by side.
 
     python benchmarks/real_model.py MODEL --calibration TEXT --text TEXT
 
-MODEL is a folder, a GGUF file or a name on the hub. Rows: dense; INT8 and 4 bits (NF4) by bitsandbytes through `rankfold
-quantize`; SVD-LLM's method (`whitened`) and the default engine at keep 0.8. All models are then measured in one
-`rankfold.measure`, their timings interleaved. Results: benchmarks/results/real_model.jsonl.
+MODEL is a folder, a GGUF file or a name on the hub. Rows: dense; INT8 and 4 bits (NF4) by bitsandbytes through
+`rankfold quantize`; SVD-LLM's method (`whitened`) and the default engine at keep 0.8. All models are then measured in
+one `rankfold.measure`, their timings interleaved. Results: benchmarks/results/real_model.jsonl.
 """
 
 from __future__ import annotations

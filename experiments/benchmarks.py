@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from assets import asset
 from results import Results, quiet
 
 from rankfold import compress
@@ -31,9 +32,9 @@ def main() -> None:
     """Ask what was not asked yet."""
     quiet()
     assets = Path(sys.argv[1])
-    folder = assets / "weights" / "stories260K"
+    folder = asset("weights/stories260K", assets)
     dense, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
-    (story,) = (assets / "data" / "tinystories").glob("*.txt")
+    story = asset("data/tinystories", assets) / "tinystories_sample.txt"
     text = story.read_text()
     stream = token_stream(tokenizer, (text[: int(0.7 * len(text))],))
     small = copy.deepcopy(dense)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from assets import asset
 from results import RESULTS, ROOT, Results, quiet
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassification
@@ -81,16 +82,16 @@ def subjects(assets: Path | None) -> Iterator[Subject]:
         yield decoder(name, ROOT / "models" / name, texts)._replace(texts={})
     if assets is None:
         return
-    (story,) = (assets / "data" / "tinystories").glob("*.txt")
+    story = asset("data/tinystories", assets) / "tinystories_sample.txt"
     whole = story.read_text()
-    yield decoder("stories260K", assets / "weights" / "stories260K", {
+    yield decoder("stories260K", asset("weights/stories260K", assets), {
         "stories": Corpus("the last 30 % of TinyStories", (whole[int(0.7 * len(whole)) :],)),
     })  # fmt: skip
-    base = assets / "weights" / "all-MiniLM-L6-v2"
+    base = asset("weights/all-MiniLM-L6-v2", assets)
     model = BertForSequenceClassification.from_pretrained(base, num_labels=2).eval()
-    head = assets / "weights" / "all-MiniLM-L6-v2-sst2-head" / "delta.safetensors"
+    head = asset("weights/all-MiniLM-L6-v2-sst2-head", assets) / "delta.safetensors"
     model.load_state_dict(load_file(head), strict=False)
-    with gzip.open(assets / "data" / "sst2" / "sst2_validation.jsonl.gz", "rt") as lines:
+    with gzip.open(asset("data/sst2", assets) / "sst2_validation.jsonl.gz", "rt") as lines:
         rows = sorted(map(json.loads, lines), key=lambda row: len(row["sentence"]))
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "rows.jsonl"

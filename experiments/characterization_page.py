@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from lord import RESULTS, ROOT
-from lord_page import by_row, read, subjects, table, with_error
+from lord_page import by_row, subjects, table, with_error
+from results import RESULTS, ROOT, read
 
 from rankfold.record import Record
 
@@ -233,13 +233,14 @@ def benchmarks() -> Iterator[str]:
     yield "`python experiments/benchmarks.py ASSETS`: stories260K dense and at keep 0.8 through lm-evaluation-harness, 200 questions each (MMLU 5 of each of 57 subjects,"
     yield "GSM8K 20). A model of 260,000 parameters is at chance on these: the rows show how dense and compressed are compared, not what low rank costs on them."
     yield ""
-    by_name = {(record.subject, record.name): record for record in records}
+    by_name = {(record.subject, record.name): record for record in records if not record.is_difference}
+    differences = {record.name: record for record in records if record.is_difference}
     rows = []
     for (subject, name), record in by_name.items():
         if subject != "dense":
             continue
         small = by_name["rankfold, keep 0.8", name]
-        apart = by_name["rankfold, keep 0.8", f"{name} minus dense"]
+        apart = differences[name]
         chance = apart.context.get("mcnemar_p")
         facts = record.context
         rows.append(

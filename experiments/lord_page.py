@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from lord import RESULTS, ROOT
+from results import RESULTS, ROOT, read
 
 from rankfold.record import Record
-
-
-def read(name: str) -> list[Record]:
-    """The records of one results file; none where it was not measured yet."""
-    path = RESULTS / f"{name}.jsonl"
-    return [Record.from_json(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

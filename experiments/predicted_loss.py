@@ -4,7 +4,7 @@
     python experiments/predicted_loss.py ASSETS/weights/stories260K --text STORIES.txt
 
 Each site is truncated alone to a quarter, a half, five eighths and three quarters of its full rank. Gradients come
-from the first 70 % of the text, the measurement from the rest. Writes benchmarks/results/predicted_loss-NAME.jsonl and
+from the first 70 % of the text, the measurement from the rest. Writes benchmarks/results/predicted_loss-*.jsonl and
 docs/figures/predicted_loss-NAME.svg.
 """
 

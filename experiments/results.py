@@ -19,6 +19,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 KEYED_BY = ("rankfold", "torch", "transformers")
 """Versions of which other ones make another number."""
 
+TOLD_APART_BY = (
+    "part", "row", "keep", "seed", "benchmark", "metric", "minus", "group", "share", "site", "kind", "rank", "base",
+    "data", "batch_size",
+)  # fmt: skip
+"""Facts that tell numbers of one name and subject apart."""
+
 FRESH = "--fresh"
 
 
@@ -48,7 +54,7 @@ def versions_of(record: Record) -> tuple[Any, ...]:
 def key_of(record: Record) -> tuple[Any, ...]:
     """What a record is of, versions left out."""
     facts = record.context
-    own = tuple(facts.get(name) for name in ("part", "row", "keep", "seed", "benchmark", "metric", "minus"))
+    own = tuple(str(facts.get(name)) for name in TOLD_APART_BY)
     return (record.subject, record.name, *own)
 
 
@@ -61,8 +67,9 @@ def latest(records: Iterable[Record]) -> list[Record]:
 
 
 def read(name: str) -> list[Record]:
-    """The records of one results file, the newest of each thing."""
-    return latest(map(Record.from_json, (RESULTS / f"{name}.jsonl").read_text().splitlines()))
+    """The records of one results file, the newest of each thing; none where it was not measured yet."""
+    path = RESULTS / f"{name}.jsonl"
+    return latest(map(Record.from_json, path.read_text().splitlines())) if path.exists() else []
 
 
 class Results:

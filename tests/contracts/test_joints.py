@@ -294,7 +294,7 @@ main()
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rows was called") == 7 * 12
     assert "rows, halving" in done.stderr
-    broken = script.replace('"rows"', '"broken"')
+    broken = script.replace('"rows"', '"broken"').replace("/out'", "/broken'")
     done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "the package that offers it under rankfold.methods cannot be loaded" in done.stderr

@@ -1,7 +1,7 @@
 """Anchors on real weights: perplexities of the design's table, made by an independent prototype.
 
 The prototype drew other random windows, so these hold within its tolerances only: 5 % for `svd`, which sees no
-data, and 10 % for `whitened`. Repeat with `python experiments/quality_tables.py`.
+data, and 10 % for `whitened`. Repeat with `python benchmarks/quality.py --part grid`.
 """
 
 from __future__ import annotations
