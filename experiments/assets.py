@@ -1,4 +1,4 @@
-"""Real weights and data that programs here read, from the hub where it is reached or a folder, checked by SHA-256.
+"""Real weights and data that programs read, from the hub where it is reached or a folder, checked by SHA-256.
 
     python experiments/assets.py DIR                 # put what the hub has into DIR, check what lies there, list the rest
     python experiments/assets.py DIR --from OTHER    # copy from another folder instead

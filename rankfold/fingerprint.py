@@ -1,4 +1,4 @@
-"""A name for work that may be gone on with: models, texts and settings as one hash."""
+"""A name for resumable work: models, texts and settings as one hash."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def file_digest(path: Path) -> str:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A name for work that may be gone on with: the same only if everything that it depends on is.
+    """A name for resumable work: the same only if everything that it depends on is.
 
     >>> fingerprint(1, "a") == fingerprint(1, "a"), fingerprint(1) == fingerprint(2)
     (True, False)

@@ -106,7 +106,7 @@ def check_folder(folder: Path) -> None:
 def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name only when the block ends without an error.
 
-    Whatever goes wrong, nothing half-written stands at `target`; left-overs of killed runs are removed.
+    Whatever goes wrong, nothing half-written stands at `target`; leftovers of interrupted runs are removed.
 
     Raises:
         ValueError: If `target` is a file, or holds something and may not be overwritten.

@@ -254,7 +254,7 @@ def embeddings_with_gradients(model: nn.Module) -> Iterator[None]:
 def _require_gradients(_: nn.Module, args: Any, result: Tensor) -> Tensor:
     if not isinstance(result, Tensor):
         return result
-    # A copy, since some models go on to change it in place, which a leaf must not be.
+    # A copy, since some models change it in place afterwards, which a leaf must not be.
     return result if result.requires_grad else result.requires_grad_().clone()
 
 

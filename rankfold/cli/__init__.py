@@ -24,9 +24,9 @@ _ClickError: Any = typer.BadParameter.__mro__[2]
 VERBS = {
     "inspect": "List what can be factorized: shape, break-even rank, spectrum; and what cannot, with the reason.",
     "sensitivity": "Factorize one kind of layer, one block, or blocks apart at a time, to one rank after the other, and measure.",
-    "explore": "Search the design space, beginning at the knapsack's plans and the paper's rules; killed, it goes on.",
+    "explore": "Search the design space, beginning at the knapsack's plans and the paper's rules; an interrupted search resumes.",
     "compress": "Factorize a model and save a checkpoint that loads in transformers.",
-    "recover": "Train a compressed model against its dense one; a killed run goes on where it stopped.",
+    "recover": "Train a compressed model against its dense one; an interrupted run resumes.",
     "quantize": "Store the linear layers of a model, dense ones and factors, in few bits.",
     "measure": "Measure quality, size and speed, beside the dense model where it is given.",
     "evaluate": "Let models write programs, next lines and choose continuations, side by side.",

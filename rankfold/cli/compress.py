@@ -41,7 +41,7 @@ def compress(
     max_loss_increase: Annotated[
         float | None,
         typer.Option(
-            help="Smallest model whose loss on held-out text rises by no more, in nats per token.",
+            help="The smallest model whose loss on held-out text rises by no more, in nats per token.",
             rich_help_panel="Budget",
         ),
     ] = None,
@@ -128,7 +128,7 @@ def compress(
     loaded = load_model(model, dtype=to_dtype(dtype), device=device, dense=True)
     origin = getattr(loaded, "few_bits", None)
     if origin:
-        say(f"The weights come from few bits ({origin}) and were made dense: what those bits lost stays lost.")
+        say(f"The weights were quantized ({origin}) and have been dequantized: what quantization lost stays lost.")
     reads = nested or settings.needs_text(budget)
     tokenizer = load_tokenizer(model) if reads else tokenizer_if_any(model)
     chosen = find_sites(loaded).select(sites or ())

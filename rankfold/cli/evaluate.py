@@ -44,7 +44,7 @@ def evaluate(
     k: Annotated[list[int] | None, typer.Option(help="The k of pass@k; repeat it (default: 1).")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
     work: Annotated[
-        Path, typer.Option(help="Folder in which completions are kept; a killed run goes on with them.")
+        Path, typer.Option(help="Folder in which completions are kept, so that an interrupted run resumes.")
     ] = Path("rankfold-completions"),
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -59,7 +59,7 @@ def quantize(
     if entry.by_library is None:
         loaded, tokenizer = load_model(model, dtype=to_dtype(dtype), device=device), load_tokenizer(model)
         if is_quantized(loaded):
-            raise InputError(f"{model}: quantized already. Quantize the checkpoint from which it was made.")
+            raise InputError(f"{model}: already quantized. Quantize the checkpoint that it was made from.")
         before = memory_bytes(loaded)
         corpus = load_corpus(calibration, tokenizer=tokenizer)
         windows, _, _ = calibration_windows(
@@ -73,13 +73,11 @@ def quantize(
         tokenizer = tokenizer_if_any(model)
         say(f"{len(summary.quantized)} layers quantized and tested.")
         if summary.left:
-            say(f"{len(summary.left)} layers came out wrong and stay in 16 bits, for example {summary.left[0]}.")
+            say(f"{len(summary.left)} layers failed the test and stay in 16 bits, for example {summary.left[0]}.")
         if summary.padded:
-            say(f"Factors were filled up with {summary.padded:,} zeros, which are stored too.")
+            say(f"Factors were padded with {summary.padded:,} zeros, which are stored too.")
     if entry.few(settings) and any(isinstance(module, PivotedLinear) for module in loaded.modules()):
-        say(
-            "Pivoted layers lose much in so few bits: compress with --form low_rank what 4 bits or fewer are to follow."
-        )
+        say("Warning: pivoted layers lose much in so few bits. Before 4 bits or fewer, compress with --form low_rank.")
     save(loaded, tokenizer, output, source=model, overwrite=overwrite)
     stored = disk_bytes(output)
     assert stored is not None, "it was written just now"
@@ -101,6 +99,6 @@ def _quantize_blocks(model: Any, batches: Any, scheme: str, settings: Any) -> No
     say(f"{len(bits)} of {len(layers)} layers in {average:.2f} bits a weight on average, all included.")
     stacks = [p for path in paths for p in model.get_submodule(path).parameters() if p.ndim == 3]
     if stacks:
-        say(f"{sum(p.numel() for p in stacks):,} weights in stacks of experts stay as they are: factorize them first.")
+        say(f"{sum(p.numel() for p in stacks):,} weights in stacks of experts are not quantized: factorize them first.")
     if len(bits) < len(layers):
-        say("The others are so small that few bits would not make them smaller.")
+        say("The others are so small that quantization would not make them smaller.")

@@ -51,7 +51,7 @@ def recover(
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train a compressed model against its dense one; a killed run goes on where it stopped."""
+    """Train a compressed model against its dense one; an interrupted run resumes."""
     check_target(output, overwrite)
     texts = text or ["bundled:calibration"]
     if objective == "kl" and dense is None:
@@ -108,4 +108,4 @@ def recover(
 
 def _check_decoder(model: Any) -> None:
     if not is_decoder([model]):
-        raise InputError(f"Recovery trains on next-token distributions, which a {type(model).__name__} has not.")
+        raise InputError(f"Recovery trains on next-token distributions, which a {type(model).__name__} does not have.")

@@ -30,7 +30,7 @@ BATCH = 8
 
 def sensitivity(
     model: Model,
-    records: Annotated[Path, typer.Argument(help="File of the study's records; a killed study goes on with it.")],
+    records: Annotated[Path, typer.Argument(help="File of the study's records; an interrupted study resumes from it.")],
     by: Annotated[str, typer.Option(help=f"What is factorized together: {', '.join(STUDIES)}.")] = "kind",
     method: Annotated[str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.")] = "lord",
     share: Annotated[

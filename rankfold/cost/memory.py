@@ -37,7 +37,7 @@ def memory_bytes(model: Any) -> int:
 
 @torch.no_grad()
 def cache_bytes(model: Any, tokens: int, batch_size: int = 1) -> int | None:
-    """Bytes that a model keeps of so many tokens to go on from them: keys and values, or a state.
+    """Bytes that a model caches of so many tokens to continue them: keys and values, or a state.
 
     `None` for a model that keeps nothing.
     """

@@ -240,9 +240,3 @@ def _work(settings: Exploration, number: int, measured: Measured) -> int:
     # Workers draw on from different seeds, though they begin with as many trials.
     made = made._replace(settings=Exploration(**{**own, "seed": settings.seed + 17 * (number + 1)}))
     return len(made.run())
-
-
-def best_within(done: Sequence[Done], objective: str, limit: float) -> Done | None:
-    """Of the trials within a limit on an objective the one of the best quality."""
-    inside = [trial for trial in done if trial.values[objective] <= limit]
-    return min(inside, key=lambda trial: trial.values["quality"], default=None)

@@ -108,7 +108,9 @@ class DesignSpace:
                 f"Of {len(self.blocks)} blocks {self.skip_first} + {self.skip_last} are skipped, and none is left."
             )
         if self.tied and any(set(self._kinds_of(block)) != set(self.kinds) for block in self.blocks):
-            raise InputError("Tied choices need blocks of the same kinds, which this model has not: leave them free.")
+            raise InputError(
+                "Tied choices need blocks of the same kinds, which this model does not have: leave them free."
+            )
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:

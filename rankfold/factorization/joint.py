@@ -99,7 +99,7 @@ def _tensorly() -> Any:
     try:
         from tensorly import decomposition
     except ImportError as error:
-        raise InputError("This decomposition needs tensorly: pip install 'rankfold[tensors]'") from error
+        raise InputError("This decomposition requires tensorly: pip install 'rankfold[tensors]'") from error
     return decomposition
 
 

@@ -1,4 +1,4 @@
-"""Factorization weighed on both sides: by the inputs' moment, and by that of the loss's gradient at the outputs."""
+"""Two-sided weighting: errors count by the inputs' moment and by that of the loss's gradient at the outputs."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def pivoted(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"], dtype
     no coefficient is larger than `GROWTH`: every exchange multiplies the volume of the chosen rows, so this ends
     (Goreinov et al. 2010, "How to find a good submatrix"). The basis, not the product, is pivoted, so that the
     bound holds however ill-conditioned the product is (Zhao et al. 2025, PIFA; docs/mathematics.md, eq. 9).
-    In a 16-bit dtype rounding errors of the rows would add up in all others, so each is made good by the numbers
+    In a 16-bit dtype rounding errors of the rows would add up in all others, so each is compensated by the numbers
     that are rounded after it, as in GPTQ (Frantar et al. 2022, arXiv:2210.17323).
 
     Args:

@@ -39,7 +39,7 @@ from rankfold.quality import (
 from rankfold.record import Record
 
 PROMPTS, WRITTEN = 8, 96
-"""Texts that are gone on with, and tokens written after each, to see whether a model repeats itself."""
+"""Texts that are continued, and tokens written after each, to see whether a model repeats itself."""
 
 
 def evaluation_windows(tokenizer: Any, corpus: Corpus, length: int, limit: int | None = None) -> Tensor:
@@ -163,7 +163,7 @@ def measure_accuracy(models: Mapping[str, Any], tokenizer: Any, path: str | Path
 def measure_repetition(
     models: Mapping[str, Any], tokenizer: Any, texts: Sequence[str], here: Circumstances
 ) -> list[Record]:
-    """How much models repeat themselves when they go on from the beginnings of held-out texts, greedily."""
+    """How much models repeat themselves when they continue the beginnings of held-out texts, greedily."""
     records = []
     reads = min(max_length(model.config) or 4096 for model in models.values())
     length = min(WRITTEN, reads // 2)

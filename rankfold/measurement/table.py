@@ -22,7 +22,7 @@ ROWS: dict[str, tuple[str, Callable[[float], str], bool]] = {
     "parameters": ("parameters", lambda v: f"{v:,.0f}", True),
     "memory": ("bytes in memory", lambda v: f"{v:,.0f}", True),
     "disk": ("bytes on disk", lambda v: f"{v:,.0f}", True),
-    "cache": ("bytes kept of the prompt", lambda v: f"{v:,.0f}", True),
+    "cache": ("bytes cached of the prompt", lambda v: f"{v:,.0f}", True),
     "prefill_peak": ("peak of a prefill, bytes", lambda v: f"{v:,.0f}", False),
     "masked_loss": ("masked-token loss, nat", lambda v: f"{v:.4f}", False),
     "prefill": ("prefill, ms", lambda v: f"{v * 1e3:.3g}", True),

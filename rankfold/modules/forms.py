@@ -60,7 +60,7 @@ def _tucker(factors: Factors, dtype: torch.dtype) -> FactorizedLinear:
 
 
 def _pivoted(factors: Factors, dtype: torch.dtype) -> FactorizedLinear:
-    # Rounded while it is pivoted, so that later numbers make good the rounding of earlier ones.
+    # Rounded while it is pivoted, so that later numbers compensate the rounding of earlier ones.
     parts = pivoted(factors.up, factors.down, dtype)
     return PivotedLinear.from_pivoted(*parts, None if factors.bias is None else factors.bias.to(dtype))
 

@@ -68,7 +68,7 @@ def complete(
         ValueError: If the model does not generate text, or there is no room for a prompt.
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
-        raise InputError(f"Only a causal language model goes on from a prompt, but this is a {type(model).__name__}.")
+        raise InputError(f"Only a causal language model continues a prompt, but this is a {type(model).__name__}.")
     room = prompt_room(model, sampling)
     rows = [prompt_ids(tokenizer, prompt, room) for prompt in prompts]
     device = next(model.parameters()).device

@@ -59,7 +59,7 @@ def quantize_blocks(
             blocks, or a value is not finite.
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise InputError("The model is quantized already. Quantize the checkpoint from which it was made.")
+        raise InputError("The model is already quantized. Quantize the checkpoint that it was made from.")
     entry = quantizer_at(scheme)
     if entry.quantize is None:
         raise InputError(f"The scheme {scheme!r} is carried out by a library while a model is loaded, not by blocks.")

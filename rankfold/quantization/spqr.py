@@ -1,4 +1,4 @@
-"""SpQR: a matrix in few bits, its errors made good in later columns, its outliers kept, its scales quantized too."""
+"""SpQR: a matrix in few bits, its errors compensated in later columns, outliers kept, scales quantized too."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def spqr(
 ) -> Quantized:
     """A matrix in few bits that changes the layer's outputs little (Dettmers et al. 2023, arXiv:2306.03078).
 
-    Columns are rounded in order, and each error is made good in the columns after it by way of the inverse moment
+    Columns are rounded in order, and each error is compensated in the columns after it by way of the inverse moment
     (GPTQ, Frantar et al. 2022, arXiv:2210.17323; docs/mathematics.md, eq. 11). Weights without which their group
     would be rounded much better are kept in 16 bits. Scales and zero points are rounded too, before they are used.
 
@@ -150,8 +150,8 @@ def _outliers(w: Tensor, power: Tensor, bits: int, threshold: float) -> Tensor:
 
 
 def _gains(w: Float[Tensor, "out group"], power: Float[Tensor, " group"], bits: int) -> Float[Tensor, "out group"]:
-    """By how much the weighed squared error of a group falls when one weight is kept and the range fits the others."""
-    base = _weighed_error(w, *_scale_and_zero(w.amin(1), w.amax(1), bits), power, bits).sum(1, keepdim=True)
+    """By how much the weighted squared error of a group falls when one weight is kept and the range fits the others."""
+    base = _weighted_error(w, *_scale_and_zero(w.amin(1), w.amax(1), bits), power, bits).sum(1, keepdim=True)
     size = w.shape[1]
     gains = torch.zeros_like(w)
     for index in range(size):
@@ -159,18 +159,18 @@ def _gains(w: Float[Tensor, "out group"], power: Float[Tensor, " group"], bits: 
         if not rest:
             continue
         others = w[:, rest]
-        error = _weighed_error(others, *_scale_and_zero(others.amin(1), others.amax(1), bits), power[rest], bits)
+        error = _weighted_error(others, *_scale_and_zero(others.amin(1), others.amax(1), bits), power[rest], bits)
         gains[:, index] = (base - error.sum(1, keepdim=True))[:, 0]
     return gains
 
 
-def _weighed_error(w: Tensor, scale: Tensor, zero: Tensor, power: Tensor, bits: int) -> Tensor:
+def _weighted_error(w: Tensor, scale: Tensor, zero: Tensor, power: Tensor, bits: int) -> Tensor:
     scale, zero = scale[:, None], zero[:, None]
     return ((_levels(w, scale, zero, bits) - zero) * scale - w).square() / power
 
 
 def _threshold(W: Tensor, power: Tensor, grid: Grid) -> float:
-    """The gain that as many weights exceed as may be kept, before any error was made good."""
+    """The gain that as many weights exceed as may be kept, before any error was compensated."""
     if grid.outliers == 0:
         return float("inf")
     groups = range(0, W.shape[1], grid.group)
@@ -189,7 +189,7 @@ def _fit(w: Tensor, used: Tensor, power: Tensor, grid: Grid) -> tuple[Tensor, Te
     scale, zero = _scale_and_zero(low, high, grid.bits)
     for shrink in SHRINKS:
         tried = _scale_and_zero(shrink * low, shrink * high, grid.bits)
-        error = torch.where(used, _weighed_error(w, *tried, power, grid.bits), 0.0).sum(1)
+        error = torch.where(used, _weighted_error(w, *tried, power, grid.bits), 0.0).sum(1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = (torch.where(better, new, old) for new, old in zip(tried, (scale, zero), strict=True))

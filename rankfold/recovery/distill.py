@@ -54,8 +54,8 @@ def recover(  # noqa: PLR0913
     `result.adapters` holds the model with them, to be saved on its own.
 
     With `kl` every token's distribution is drawn to the dense teacher's (Hinton et al. 2015, arXiv:1503.02531);
-    with `next-token` no teacher is needed. `transformers.Trainer` does the work: a killed run goes on from its last
-    checkpoint in `work`, and it stops early when held-out text has not gained for three looks.
+    with `next-token` no teacher is needed. `transformers.Trainer` does the work: an interrupted run resumes from its last
+    checkpoint in `work`, and it stops early when held-out text has not improved for three evaluations.
 
     Args:
         model: The compressed model.
@@ -138,7 +138,7 @@ def _check(model: Any, teacher: Any, objective: str, adapters: bool) -> None:
             f"{vocabulary_size(model)} tokens."
         )
     if is_quantized(model) and not adapters:
-        raise InputError("Weights in few bits cannot take gradient steps: train adapters over them, with `lora` 8.")
+        raise InputError("Quantized weights cannot take gradient steps: train adapters over them, with `lora` 8.")
 
 
 def is_quantized(model: Any) -> bool:

@@ -52,7 +52,7 @@ class _Progress(TrainerCallback):
 
 
 def arguments(model: Any, work: Path, steps: int, batch_size: int, rate: float, seed: int) -> TrainingArguments:
-    """Settings of a short training that keeps its best and can go on after a kill."""
+    """Settings of a short training that keeps its best state and is resumable."""
     every = max(1, steps // 10)
     return TrainingArguments(
         output_dir=str(work),

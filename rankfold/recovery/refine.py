@@ -64,7 +64,7 @@ def refine_blocks(  # noqa: PLR0913
         steps: AdamW steps a block, one batch each.
         rate: Learning rate; without it one that suits the width.
         seed: Seed of the order of batches.
-        work: Folder in which finished blocks are kept, so that a killed run goes on; the caller removes it.
+        work: Folder in which finished blocks are kept, so that an interrupted run resumes; the caller removes it.
         on_step: Called after each step.
 
     Returns:
@@ -133,7 +133,7 @@ def refine_predictions(  # noqa: PLR0913
         steps: AdamW steps a block, one batch each.
         rate: Learning rate; without it one that suits the width.
         seed: Seed of the order of batches.
-        work: Folder in which finished blocks are kept, so that a killed run goes on; the caller removes it.
+        work: Folder in which finished blocks are kept, so that an interrupted run resumes; the caller removes it.
         on_step: Called after each step.
 
     Returns:
@@ -232,7 +232,7 @@ def _in_float32(block: nn.Module) -> Iterator[None]:
 
 
 def _resume(block: nn.Module, path: str, work: Path | None) -> bool:
-    """Load a block that an earlier, killed run has refined."""
+    """Load a block that an earlier, interrupted run refined."""
     file = work / f"{path}.safetensors" if work else None
     if file is None or not file.exists():
         return False

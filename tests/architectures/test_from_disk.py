@@ -15,8 +15,8 @@ from commands import run
 from tiny_models import pairs, tiny_config, tiny_model
 from transformers import AutoConfig
 
-from rankfold import allocate, factorize, find_sites, written
-from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
+from rankfold import allocate, factorize, find_sites
+from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save, written
 from rankfold.checkpoint.written import check_written
 from rankfold.errors import InputError
 from rankfold.quantization import Grid, quantize_blocks

@@ -158,7 +158,7 @@ def test_quantize_a_compressed_model_and_measure_it(tmp_path: Path) -> None:
     assert found[out.name, "disk"].value < 0.75 * found[out.name, "dense_memory"].value  # type: ignore[operator]
     measured = run("measure", str(out), "--no-latency", "--windows", "2", "--text", "bundled:python-held-out")
     assert records(measured.stdout)["model", "perplexity"].value is not None
-    assert "quantized already" in run("quantize", str(out), str(tmp_path / "again"), *settings, code=2).stderr
+    assert "already quantized" in run("quantize", str(out), str(tmp_path / "again"), *settings, code=2).stderr
     assert not (tmp_path / "again").exists()
     assert (
         "scheme must be one of spqr, int8, nf4"

@@ -17,7 +17,7 @@ import torch
 
 from rankfold.circumstances import Circumstances
 from rankfold.exploration import OBJECTIVES
-from rankfold.exploration.explore import Exploration, Measured, best_within, prepare, run_on_ray
+from rankfold.exploration.explore import Exploration, Measured, prepare, run_on_ray
 from rankfold.exploration.study import failures, finished, open_study, shown, trial_records
 
 COMPLETE = optuna.trial.TrialState.COMPLETE
@@ -62,9 +62,6 @@ def test_trials_say_what_the_model_at_their_point_is(explored: Any) -> None:
     records = trial_records(done, Circumstances({"seed": 0}))
     assert len(records) == 4 * len(done)
     assert {r.unit for r in records if r.name == "bytes"} == {"byte"}
-    best = best_within(done, "parameters", 0.9 * worker.bench.dense_parameters)
-    assert best is not None
-    assert best.values["parameters"] <= 0.9 * worker.bench.dense_parameters
 
 
 def test_more_trials_go_on_with_the_study(explored: Any) -> None:

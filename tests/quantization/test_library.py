@@ -120,5 +120,5 @@ def test_what_is_quantized_is_not_quantized_again(tmp_path: Path) -> None:
     quantize_blocks(model, [{"input_ids": IDS}], "spqr", Grid(4))
     save(model, None, tmp_path / "spqr")
     for name in ("int8", "spqr"):
-        with pytest.raises(ValueError, match="quantized already"):
+        with pytest.raises(ValueError, match="already quantized"):
             quantize_by_library(tmp_path / name, "nf4")

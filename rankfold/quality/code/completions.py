@@ -1,4 +1,4 @@
-"""Completions of programming tasks, written to a file as they are made, so that a killed run goes on."""
+"""Completions of programming tasks, written to a file as they are made, so that an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def complete_tasks(  # noqa: PLR0913
 ) -> list[Completion]:
     """Several answers to every task, those that stand in `file` taken from there.
 
-    Batches are the same in every run, so that a run that was killed ends with what it would have had. The file is in
+    Batches are the same in every run, so that an interrupted run ends with what it would have had. The file is in
     the layout of other evaluators: one JSON object a line, with `task_id` and `completion`.
 
     Args:

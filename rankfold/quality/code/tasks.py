@@ -33,7 +33,7 @@ class Task:
 
 
 def humaneval_task(row: Mapping[str, Any]) -> Task:
-    """HumanEval (Chen et al. 2021, arXiv:2107.03374): a signature and docstring to go on from."""
+    """HumanEval (Chen et al. 2021, arXiv:2107.03374): a signature and docstring to continue."""
     return Task(
         name=row["task_id"],
         prompt=row["prompt"],
@@ -44,7 +44,7 @@ def humaneval_task(row: Mapping[str, Any]) -> Task:
 
 
 def _mbpp(row: Mapping[str, Any]) -> Task:
-    """MBPP (Austin et al. 2021, arXiv:2108.07732): a sentence and the tests, as a docstring to go on from."""
+    """MBPP (Austin et al. 2021, arXiv:2108.07732): a sentence and the tests, as a docstring to continue."""
     tests = "\n".join(row["test_list"])
     return Task(
         name=f"MBPP/{row['task_id']}",
