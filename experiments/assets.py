@@ -1,6 +1,6 @@
 """Real weights and data that programs read, from the hub where it is reached or a folder, checked by SHA-256.
 
-    python experiments/assets.py DIR                 # put what the hub has into DIR, check what lies there, list the rest
+    python experiments/assets.py DIR                 # take what the hub has, check what lies there, list the rest
     python experiments/assets.py DIR --from OTHER    # copy from another folder instead
 
 A program that needs an asset asks `asset`, which gives its folder or says what is missing and where it comes from.

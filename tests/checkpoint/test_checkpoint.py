@@ -230,3 +230,25 @@ def test_missing_statistics_name_the_site() -> None:
     model = tiny.build("llama")
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: The method 'lord' needs statistics"):
         factorize(model, allocate(find_sites(model).select(), keep=0.6, method="lord"))
+
+
+@pytest.mark.parametrize("name", ["pivoted", "lord", "tucker-spqr"])
+@pytest.mark.parametrize("how", ["rankfold", "folder"])
+def test_checkpoints_of_the_first_version_load(name: str, how: str) -> None:
+    """Written by rankfold 0.1.0 before plans of version 2, and kept as they were."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    folder = Path(__file__).parent.parent / "data" / "version-1" / name
+    assert json.loads((folder / "config.json").read_text())["rankfold"]["plan_version"] == 1
+    expected = load_file(folder.with_suffix(".safetensors"))
+    logits = expected.pop("logits")
+    if how == "folder":
+        code = json.loads((folder / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+        model = get_class_from_dynamic_module(code, str(folder)).from_pretrained(folder, dtype="auto").eval()
+    else:
+        model = load_model(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**expected)[0], logits)
+    if how == "rankfold":
+        plan = Plan.from_dict(model.config.rankfold)
+        assert all(option.structure for option in plan.options if option.form == "pivoted")

@@ -16,7 +16,7 @@ from rankfold.calibration import masked_batches
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.circumstances import Circumstances
 from rankfold.measurement import measure_score, scorer_for
-from rankfold.quality import ChoiceItems, choose, masked_score, mistake_score, next_token_quality, next_token_score
+from rankfold.quality import ChoiceItems, choose, masked_score, mistake_score, next_token_score
 from rankfold.quality.classification import Labelled
 
 
@@ -24,8 +24,14 @@ def test_next_token_scores_are_the_losses_of_the_windows(bundled: Path) -> None:
     model = load_model(bundled, dtype=torch.float32)
     windows = torch.randint(3, 200, (3, 16))
     found = next_token_score(windows)(model)
-    assert found.values == next_token_quality(model, windows).window_losses
-    assert found.mean == pytest.approx(next_token_quality(model, windows).loss)
+    with torch.no_grad():
+        chances = model(input_ids=windows).logits.double().log_softmax(-1)
+    expected = [
+        -sum(float(row[place, ids[place + 1]]) for place in range(15)) / 15
+        for row, ids in zip(chances, windows, strict=True)
+    ]
+    assert list(found.values) == pytest.approx(expected, rel=1e-5)
+    assert found.mean == pytest.approx(sum(expected) / 3, rel=1e-5)
 
 
 def test_masked_scores_are_the_losses_at_the_masks() -> None:
