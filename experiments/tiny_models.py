@@ -12,6 +12,8 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from rankfold.sites import text_part
+
 HEADS = {
     "causal": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
     "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
@@ -185,7 +187,7 @@ def tiny_model(model_type: str, head: str, seed: int = 0) -> Any:
     config = tiny_config(model_type)
     auto = getattr(transformers, HEADS[head][0])
     torch.manual_seed(seed)
-    text = config.get_text_config()
+    text = text_part(config)
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankfold.calibration.rows import SUFFIXES, dataset_texts, file_texts
 from rankfold.errors import InputError
-from rankfold.sites import text_arguments, vocabulary_size
+from rankfold.sites import text_arguments, text_part, vocabulary_size
 
 BUNDLED = ("bundled:calibration", "bundled:python-held-out", "bundled:english-held-out")
 """Names of the bundled texts: a mixed sample to calibrate on, and two to evaluate on."""
@@ -195,7 +195,7 @@ def check_length(model: Any, length: int) -> None:
 
 def max_length(config: Any) -> int | None:
     """Tokens that a model reads at once; `None` where its configuration sets no limit."""
-    config = config.get_text_config()
+    config = text_part(config)
     names = ("max_position_embeddings", "n_positions", "max_target_positions")
     limit = next((int(value) for name in names if (value := getattr(config, name, None))), None)
     # RoBERTa counts its positions from the padding token on.

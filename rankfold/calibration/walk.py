@@ -189,7 +189,8 @@ def is_chain(model: Any, batch: Mapping[str, Tensor]) -> bool:
     """
     if model.config.is_encoder_decoder:
         return False
-    few = {name: value[:1, :16] if value.ndim > 1 else value[:1] for name, value in batch.items() if name != "labels"}
+    (read,) = without_labels([batch])
+    few = {name: value[:1, :16] if value.ndim > 1 else value[:1] for name, value in read.items()}
     expected: dict[str, list[Tensor]] = {}
     found: dict[str, list[Tensor]] = {}
     with _gradients_at_blocks(model, expected), torch.enable_grad(), embeddings_with_gradients(model):

@@ -24,7 +24,7 @@ _ClickError: Any = typer.BadParameter.__mro__[2]
 VERBS = {
     "inspect": "List what can be factorized: shape, break-even rank, spectrum; and what cannot, with the reason.",
     "sensitivity": "Factorize one kind of layer, one block, or blocks apart at a time, to one rank after the other, and measure.",
-    "explore": "Search the design space, beginning at the knapsack's plans and the paper's rules; an interrupted search resumes.",
+    "explore": "Search the design space from the knapsack's plans and the paper's rules; an interrupted search resumes.",
     "compress": "Factorize a model and save a checkpoint that loads in transformers.",
     "recover": "Train a compressed model against its dense one; an interrupted run resumes.",
     "quantize": "Store the linear layers of a model, dense ones and factors, in few bits.",

@@ -76,7 +76,7 @@ def explore(
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Search the design space, beginning at the knapsack's plans and the paper's rules; an interrupted search resumes."""
+    """Search the design space from the knapsack's plans and the paper's rules; an interrupted search resumes."""
     from rankfold.exploration.explore import Exploration, prepare, run_on_ray
     from rankfold.exploration.study import shown, trial_records
 

@@ -56,9 +56,7 @@ def quantize_by_library(
     settings = _settings(scheme, dtype)
     device = str(chosen_device(device))
     if (Path(source) / ADAPTER).is_file() or quantized_by_library(source):
-        raise InputError(
-            f"{source}: already quantized, or adapters over such a model. Quantize the checkpoint that it was made from."
-        )
+        raise InputError(f"{source}: already quantized, or adapters over such a model. Quantize what it was made from.")
     dense = load_model(source, dtype=dtype)
     if any(isinstance(module, QuantizedLinear) for module in dense.modules()):
         raise InputError(f"{source}: already quantized. Quantize the checkpoint that it was made from.")

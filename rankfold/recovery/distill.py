@@ -54,8 +54,8 @@ def recover(  # noqa: PLR0913
     `result.adapters` holds the model with them, to be saved on its own.
 
     With `kl` every token's distribution is drawn to the dense teacher's (Hinton et al. 2015, arXiv:1503.02531);
-    with `next-token` no teacher is needed. `transformers.Trainer` does the work: an interrupted run resumes from its last
-    checkpoint in `work`, and it stops early when held-out text has not improved for three evaluations.
+    with `next-token` no teacher is needed. The Hugging Face Trainer does the work: an interrupted run resumes from its
+    last checkpoint in `work`, and it stops early when held-out text has not improved for three evaluations.
 
     Args:
         model: The compressed model.

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from rankfold.calibration import BlockStep, walk_blocks
+from rankfold.calibration import BlockStep, walk_blocks, without_labels
 from rankfold.calibration.walk import Call
 from rankfold.errors import InputError
 from rankfold.modules import linear_at, put, restack, use_eager_experts
@@ -80,7 +80,7 @@ def refine_blocks(  # noqa: PLR0913
     compressed = {name: linear_at(model, name) for name in dense}
     use_eager_experts(model)
     training = model.training
-    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    read = without_labels(batches)
     results: list[Refined] = []
     visited: set[str] = set()
     model.eval()
@@ -144,7 +144,7 @@ def refine_predictions(  # noqa: PLR0913
     """
     if len(batches) < 2:
         raise InputError(f"Refinement holds batches out and needs at least two, but got {len(batches)}.")
-    read = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+    read = without_labels(batches)
     if not predicts(teacher, read[0]):
         raise InputError(f"A {type(model).__name__} predicts no distribution; refine it towards its blocks' outputs.")
     use_eager_experts(model)

@@ -9,6 +9,7 @@ from rankfold.sites.text_inputs import (
     listens,
     text_arguments,
     text_config,
+    text_part,
     vocabulary_size,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "listens",
     "text_arguments",
     "text_config",
+    "text_part",
     "vocabulary_size",
 ]

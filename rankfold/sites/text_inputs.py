@@ -19,7 +19,16 @@ _AUDIO = ("input_features", "input_values")
 
 def text_config(model: Any) -> Any:
     """The configuration of the part of a model that reads text: its own, or the one inside it."""
-    return model.config.get_text_config()
+    return text_part(model.config)
+
+
+def text_part(config: Any) -> Any:
+    """The part of a configuration that says how text is read: itself, or one inside it."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        # Several parts read text, as in MusicGen, whose decoder is what a causal model of it is.
+        return config.get_text_config(decoder=True)
 
 
 def has_other_inputs(model: Any) -> bool:
@@ -30,8 +39,11 @@ def has_other_inputs(model: Any) -> bool:
 
 def listens(model: Any) -> bool:
     """Whether a model's encoder hears sound and its decoder writes text."""
-    parameters = inspect.signature(model.forward).parameters
-    return model.config.is_encoder_decoder and any(name in parameters for name in _AUDIO)
+    return model.config.is_encoder_decoder and any(name in _parameters(model) for name in _AUDIO)
+
+
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
 
 
 def vocabulary_size(model: Any) -> int | None:
@@ -43,18 +55,40 @@ def vocabulary_size(model: Any) -> int | None:
 
 
 def text_arguments(model: Any, ids: Int[Tensor, "batch length"]) -> dict[str, Tensor]:
-    """Keyword arguments of a forward call on tokens; a decoder reads what its encoder reads, or silence before it.
+    """Keyword arguments of a forward call on tokens.
+
+    A decoder reads what its encoder reads. A model that does not run on text alone is given silence or a blank image
+    beside it, of a shape that is found by trying, once for each model.
 
     Raises:
-        ValueError: If the model cannot be run without images or sound.
+        ValueError: If the model does not run on silence or a blank image of any shape that is known here.
     """
+    if listens(model):
+        name = next(name for name in _AUDIO if name in _parameters(model))
+        return {name: _expanded(_silence(model, name), ids), "decoder_input_ids": ids}
+    blank = _blank(model)
+    arguments = {name: _expanded(part, ids) for name, part in blank.items()}
     if not model.config.is_encoder_decoder:
-        return {"input_ids": ids}
-    if not listens(model):
-        return {"input_ids": ids, "decoder_input_ids": ids}
-    name = next(name for name in _AUDIO if name in inspect.signature(model.forward).parameters)
-    sound = _silence(model, name)
-    return {name: sound.expand(len(ids), *sound.shape[1:]), "decoder_input_ids": ids}
+        return {"input_ids": ids, **arguments}
+    return {**({} if _sees(blank) else {"input_ids": ids}), "decoder_input_ids": ids, **arguments}
+
+
+def _sees(blank: Mapping[str, Tensor]) -> bool:
+    """Whether an encoder reads an image in place of text."""
+    return any(name in _IMAGES for name in blank)
+
+
+def _expanded(part: Tensor, ids: Tensor) -> Tensor:
+    """The same for every row of token ids, and for every token what `_PER_TOKEN` gave."""
+    size = part.shape[1:] if part.is_floating_point() else (ids.shape[1], *part.shape[2:])
+    return part.to(ids.device).expand(len(ids), *size)
+
+
+_PER_TOKEN = {
+    "image_attention_mask": torch.ones(1, 1, 1, dtype=torch.long),
+    "bbox": torch.zeros(1, 1, 4, dtype=torch.long),
+}
+"""What some models ask of every token: which images it sees (Idefics), where it stands on its page (UDOP)."""
 
 
 def example_ids(model: Any, device: torch.device | str, seed: int = 0) -> Int[Tensor, "3 5"]:
@@ -100,6 +134,64 @@ def _silence(model: Any, name: str) -> Tensor:
         f"{type(model).__name__} must be given sound of a shape that is not known here ({problem}), so text alone "
         "cannot run it. Pass an example of its arguments as inputs=."
     ) from problem
+
+
+_IMAGES = ("pixel_values", "flattened_patches", "input_features")
+
+
+def _blank(model: Any) -> dict[str, Tensor]:
+    """What a model must be given beside text so that it runs: nothing, or one blank image or recording."""
+    kept: dict[str, Tensor] | None = getattr(model, "_blank_inputs", None)
+    if kept is not None:
+        return kept
+    like = next(part for part in model.parameters() if part.is_floating_point())
+    names = [name for name in _IMAGES if name in _parameters(model)]
+    each = {name: part for name, part in _PER_TOKEN.items() if name in _parameters(model)}
+    found: dict[str, Tensor] = {}
+    if (names or each) and like.device.type != "meta" and not _runs(model, {}):
+        blanks = (
+            {name: torch.zeros(shape, dtype=like.dtype)} for name in names for shape in _blank_shapes(model, name)
+        )
+        found = next((tried for tried in ({**blank, **each} for blank in [{}, *blanks]) if _runs(model, tried)), {})
+    model._blank_inputs = found
+    return found
+
+
+def _runs(model: Any, beside: Mapping[str, Tensor]) -> bool:
+    """Whether a model runs on a few tokens with something beside them."""
+    device = next(model.parameters()).device
+    ids = example_ids(model, device)[:1]
+    read = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+    if model.config.is_encoder_decoder and not _sees(beside):
+        read["input_ids"] = ids
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(**read, **{name: _expanded(part, ids) for name, part in beside.items()})
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
+        return False
+    finally:
+        model.train(training)
+    return True
+
+
+def _blank_shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
+    """Shapes of one image, alone or in a list of images, of its patches, or of a recording's features."""
+    if name == "input_features":
+        yield from _shapes(model, name)
+        return
+    parts = [value for value in vars(model.config).values() if hasattr(value, "to_dict")]
+    sizes: list[tuple[int, int]] = []
+    for config in [*parts, model.config]:
+        size = getattr(config, "image_size", None)
+        sizes += [(size, size)] if isinstance(size, int) else [tuple(size)] if isinstance(size, (list, tuple)) else []
+        if name == "flattened_patches" and hasattr(config, "patch_embed_hidden_size"):
+            # Of each patch its row and its column, counted from 1, before its pixels.
+            yield (1, 8, config.patch_embed_hidden_size + 2)
+    for height, width in dict.fromkeys([*sizes, (224, 224)]):
+        channels = {int(getattr(config, "num_channels", 3) or 3) for config in [*parts, model.config]} | {3}
+        for channel in channels:
+            yield from ((1, channel, height, width), (1, 1, channel, height, width))
 
 
 def _shapes(model: Any, name: str) -> Iterator[tuple[int, ...]]:
