@@ -86,13 +86,13 @@ class Circumstances:
 
 
 def circumstances(models: Any = None, *, data: Any = None, seed: int | None = None, **details: Any) -> Circumstances:
-    """What numbers that are measured now depend on.
+    """Everything that numbers measured now depend on.
 
     Args:
         models: The model, or several by subject; a string where only a name is known.
         data: What is read: a file, whose hash is taken, an object with `name` and `sha256` such as a
             `rankfold.calibration.Corpus`, or a name.
-        seed: Seed of everything random.
+        seed: Random seed.
         details: Whatever else the numbers depend on.
     """
     several = models if isinstance(models, Mapping) else {}

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """What was given cannot be used: the message says what must hold, what came, where, and what to do."""
+    """The input cannot be used: the message says what must hold, what was given, where, and what to do."""

@@ -40,7 +40,7 @@ class Option:
     loss: float | None = None
     """Predicted rise of the loss in nats per token, where it was predicted."""
     shrinkage: float | None = None
-    """How far the inverted moment was drawn towards a multiple of the identity, 0 to 1: the most of its sites."""
+    """How far the inverted moment was shrunk towards a multiple of the identity, 0 to 1: the maximum over its sites."""
     note: str = ""
     """Why, where that is not obvious: for example why a site stays dense."""
 
@@ -67,7 +67,7 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
-    """The chosen option of every site, and how it came about: enough to repeat it.
+    """The chosen option of every site, and how it was found: enough to reproduce it.
 
     >>> option = Option(sites=("layers.0.up",), form="low_rank", ranks=(8,), parameters=1024)
     >>> Plan.from_json(Plan(options=(option,), method="svd").to_json()).options[0].ranks
@@ -94,7 +94,7 @@ class Plan:
     def __repr__(self) -> str:
         """A line for the whole, and one for each kind of site: how many, in which form, at which ranks."""
         asked = f"keep {self.keep:g}" if self.keep is not None else f"rank {self.rank}" if self.rank else "given"
-        loss = "" if self.predicted_loss is None else f", predicted rise {self.predicted_loss:.4g} nat/token"
+        loss = "" if self.predicted_loss is None else f", predicted increase {self.predicted_loss:.4g} nat/token"
         lines = [
             f"Plan: {self.method}, {self.allocation}, {asked}: {len(self.factorized)} of {len(self.options)} options "
             f"factorized, {self.parameters:,} parameters{loss}"

@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A number that can stand alone: what, of which model, in which unit, how sure, and under which circumstances.
+    """A self-contained number: what, of which model, in which unit, how certain, and under which circumstances.
 
     >>> Record(subject="dense", name="perplexity", value=6.07, unit="1").to_json()
     '{"subject": "dense", "name": "perplexity", "value": 6.07, "unit": "1", "error": null, "context": {}}'

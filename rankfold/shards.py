@@ -69,7 +69,7 @@ def check_shard(path: Path) -> None:
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         if size < 8 or header_bytes > size - 8:
-            raise InputError(f"{path}: no whole safetensors header in {size} bytes. Copy or download the file again.")
+            raise InputError(f"{path}: no complete safetensors header in {size} bytes. Copy or download it again.")
         try:
             header = json.loads(file.read(header_bytes))
         except (ValueError, RecursionError) as error:
@@ -88,7 +88,7 @@ def _end_of_data(path: Path, header: Any) -> int:
         return int(max(ends, default=0))
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise InputError(
-            f"{path}: the safetensors header does not say where its tensors lie. Copy or download the file again."
+            f"{path}: the safetensors header does not say where its tensors are. Copy or download the file again."
         ) from error
 
 

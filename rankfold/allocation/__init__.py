@@ -33,7 +33,7 @@ class Allocation(NamedTuple):
     """A way to share out a budget."""
 
     choose: Callable[[Sequence[SiteOptions], Allowance], Choice]
-    """What each site can become, and what all may cost, to one option for each, in their order."""
+    """Maps what each site can become, and what all may cost, to one option per site, in order."""
     needs_losses: bool = False
     """Whether it compares predicted losses."""
 
@@ -71,14 +71,14 @@ def allocate(  # noqa: PLR0913
         keep: Fraction of what the dense sites cost to keep, in (0, 1]: of their parameters, biases and cores
             counted, or of the unit that `price` names.
         rank: An explicit rank for all sites, instead of `keep`.
-        method: A key of `rankfold.factorization.METHODS`; without it `kfac` where statistics have gradients,
+        method: A key of `rankfold.factorization.METHODS`; by default `kfac` if the statistics have gradients,
             otherwise `whitened`.
-        allocation: A key of `ALLOCATIONS`; without it `knapsack` where losses are known, otherwise `uniform`.
-        form: A key of `rankfold.modules.FORMS`; without it the method's own.
-        multiple: Ranks are lowered to a multiple of this.
+        allocation: A key of `ALLOCATIONS`; by default `knapsack` if losses are known, otherwise `uniform`.
+        form: A key of `rankfold.modules.FORMS`; by default the method's own.
+        multiple: Ranks are rounded down to a multiple of this.
         losses: Predicted loss of every site at each rank from 0 to full, in place of those of the statistics.
         price: `parameters`, `bytes`, or a function that prices an option, for example in seconds.
-        seed: Seed of everything random that made the plan's data.
+        seed: Random seed with which the plan's data was made.
 
     Raises:
         ValueError: If the budget is not one of `keep` and `rank`, is out of range or cannot be met, if a name is
@@ -93,15 +93,15 @@ def allocate(  # noqa: PLR0913
     bound = None
     if rank is not None:
         if entry.needs_losses:
-            raise InputError(f"The allocation {allocation} shares out a budget: pass keep instead of a rank.")
+            raise InputError(f"The allocation {allocation} distributes a budget: pass keep instead of a rank.")
         options = at_rank(sites, form, rank, multiple=multiple, adds_bias=chosen.adds_bias)
     else:
         assert keep is not None, "one of keep and rank is given"
         if entry.needs_losses and losses is None:
             if statistics is None:
                 raise InputError(
-                    f"The allocation {allocation} needs predicted losses: pass the statistics of calibrate(...), or "
-                    "losses= of your own."
+                    f"The allocation {allocation} needs predicted losses: pass the statistics from calibrate(...), or "
+                    "your own losses=."
                 )
             losses = statistics.losses(method)
         offered = site_options(
@@ -140,7 +140,7 @@ def _check(
     if isinstance(price, str) and price not in PRICES:
         raise InputError(f"A budget is counted in {' or '.join(PRICES)}, or by a function, but got {price!r}.")
     if not sites:
-        raise InputError("There must be at least one site to decide on, but the model has none that were chosen.")
+        raise InputError("There must be at least one site to decide on, but none of the model's were chosen.")
 
 
 def form_for(method: str, form: str | None) -> str:

@@ -37,7 +37,7 @@ def knapsack(sites: Sequence[SiteOptions], allowance: Allowance) -> Choice:
     least = float(sum(ladder.prices[0] for ladder in ladders))
     if least > budget:
         raise BudgetError(
-            f"The budget must allow at least {_plain(least)}, the price of the smallest rank of every site "
+            f"The budget must allow at least {_plain(least)}, the cost of the smallest rank at every site "
             f"({FLOOR:.1%} of its full rank), but is {_plain(budget)}. Raise it, or choose fewer sites."
         )
     chosen, spent, bound = _climb(ladders, budget)

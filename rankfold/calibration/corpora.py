@@ -167,11 +167,13 @@ def random_windows(
 def _inner_length(stream: Tensor, length: int, begin: int | None, end: int | None) -> int:
     inner = length - (begin is not None) - (end is not None)
     if inner < 1:
-        raise InputError(f"A window must hold a token between its special ones, but is only {length} long (`length`).")
+        raise InputError(
+            f"A window must have room for a token between its special tokens, but is only {length} long (`length`)."
+        )
     if len(stream) < inner:
         raise InputError(
             f"A corpus must fill at least one window of {length} tokens, but holds {len(stream)}. "
-            "Take more text, or shorter windows (`length`)."
+            "Use more text, or shorter windows (`length`)."
         )
     return inner
 

@@ -88,16 +88,16 @@ def calibrate(
     loss: Loss | None = None,
     on_step: Step = no_step,
 ) -> Statistics:
-    """Moments of all sites at once, as a method needs them.
+    """Measure the moments of all sites at once, as a method needs them.
 
-    For models whose moments fit into memory together; `calibrate_blocks` gives them block by block.
+    For models whose moments fit into memory together; `calibrate_blocks` yields them block by block.
 
     Args:
         model: The model, which is left as it was.
         sites: Sites to measure.
         batches: Keyword arguments of the model's forward call, without padding.
-        method: A key of `rankfold.factorization.METHODS`: where it needs gradients, those of `usual_loss` are
-            followed back, and their moments measured too.
+        method: A key of `rankfold.factorization.METHODS`: if it needs gradients, `usual_loss` is
+            backpropagated, and the gradients' moments are measured too.
         loss: Another loss (`summed_loss`), whose gradients are measured whatever the method needs.
         on_step: Called after each batch has passed a block.
 

@@ -108,7 +108,7 @@ def _parquet_texts(path: Path, tokenizer: Any) -> Iterator[str]:
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: this is no Parquet file that can be read ({error}).") from error
+        raise InputError(f"{path}: not a readable Parquet file ({error}).") from error
 
 
 def row_text(row: Any, place: str, tokenizer: Any = None) -> str:

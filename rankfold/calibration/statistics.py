@@ -18,7 +18,7 @@ STEPS = 64
 
 
 class Statistics(Mapping[str, SiteMoments]):
-    """Moments by the name of the site, of a model whose weights they belong to."""
+    """Moments by site name, with the model whose weights they belong to."""
 
     def __init__(self, model: Any, sites: Sequence[Site], moments: Mapping[str, SiteMoments]) -> None:
         """What `calibrate` measured; the model is looked at when losses are asked for."""
@@ -45,7 +45,7 @@ class Statistics(Mapping[str, SiteMoments]):
 
     @property
     def have_gradients(self) -> bool:
-        """Whether a loss was followed back, so that losses can be predicted."""
+        """Whether a loss was backpropagated, so that losses can be predicted."""
         return any(moments.gradients is not None for moments in self._moments.values())
 
     def losses(self, method: str = "kfac") -> dict[str, list[float]]:

@@ -199,7 +199,7 @@ def is_chain(model: Any, batch: Mapping[str, Tensor]) -> bool:
         except (RuntimeError, AssertionError) as error:
             raise InputError(
                 f"{type(model).__name__} gives no gradients in evaluation mode ({error}), and this method needs them. "
-                "Take one that does not, such as whitened."
+                "Use one that does not, such as whitened."
             ) from error
     try:
         with _gradients_at_blocks(model, found):

@@ -57,8 +57,8 @@ def loading_settings(scheme: str, source: object) -> dict[str, Any]:
     """
     if scheme not in DEQUANTIZED:
         raise InputError(
-            f"{source}: its weights are stored by {scheme} already, which transformers does not make dense again, so "
-            f"there is nothing to factorize. Take the checkpoint from which it was made. What can be read in few bits: "
+            f"{source}: its weights are already quantized with {scheme}, which transformers cannot dequantize, so "
+            f"there is nothing to factorize. Use the checkpoint that it was made from. Readable quantized formats: "
             f"{', '.join(DEQUANTIZED)}."
         )
     setting = DEQUANTIZED[scheme]
@@ -75,7 +75,7 @@ def made_dense(model: Any, source: object, scheme: str) -> Any:
         try:
             model = model.dequantize()
         except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-            raise InputError(f"{source}: weights of {scheme} could not be made dense here ({error}).") from error
+            raise InputError(f"{source}: {scheme} weights could not be dequantized here ({error}).") from error
     model.hf_quantizer = None
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         if getattr(model, name, False):

@@ -32,13 +32,13 @@ def load(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A model and its tokenizer, `None` where none lies beside it; weights in few bits are made dense.
+    """Load a model and its tokenizer (`None` if there is none beside it); quantized weights are dequantized.
 
     Args:
-        source: A model folder, a GGUF file, or the name of a model on the hub.
-        dtype: Dtype of the weights; without it the checkpoint's own.
-        device: Where to put the model, `auto` being CUDA where there is one; without it the CPU.
-        trust_remote_code: Whether code that lies in the folder may run.
+        source: A model folder, a GGUF file, or the name of a model on the Hub.
+        dtype: Dtype of the weights; by default the checkpoint's own.
+        device: Where to put the model; `auto` is CUDA if available. By default the CPU.
+        trust_remote_code: Whether code in the folder may run.
 
     Raises:
         ValueError: If there is no such model, or it cannot be read.
@@ -89,7 +89,7 @@ def load_model(
     if missing:
         raise InputError(
             f"{source}: the checkpoint must hold all weights of {type(model).__name__}, but {len(missing)} are missing "
-            f"or of another shape, for example {missing[:3]}. They would be random; take a whole checkpoint."
+            f"or of another shape, for example {missing[:3]}. They would be random; use a complete checkpoint."
         )
     origin = "GGUF" if "gguf_file" in place else scheme if dense else None
     if origin is not None:
@@ -126,7 +126,7 @@ def _reading(source: str | Path) -> Iterator[None]:
         raise
     except ImportError as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{source}: reading this checkpoint needs a library that is not here ({reason}).") from error
+        raise InputError(f"{source}: reading this checkpoint needs a library that is missing ({reason}).") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{source}: a JSON file beside the weights is damaged ({error}). Copy it again.") from error
     except OSError as error:
@@ -177,7 +177,7 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> Any:
         with _reading(source):
             return AutoTokenizer.from_pretrained(_folder(source), gguf_file=Path(source).name)
     if not _may_have_tokenizer(source):
-        raise InputError(f"{source}: no tokenizer lies beside the model. Copy its files there.")
+        raise InputError(f"{source}: there is no tokenizer beside the model. Copy its files there.")
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, KeyError, ValueError) as error:
@@ -236,7 +236,7 @@ def check_source(source: str | Path) -> None:
     elif path.is_file() and is_gguf(path):
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise InputError(f"{path}: no GGUF file, since it does not begin with those letters.")
+                raise InputError(f"{path}: not a GGUF file, since it does not begin with those letters.")
     elif path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") > 1:
         raise InputError(
             f"{source}: a model must be a folder with config.json, a .gguf file, or a name on the hub; no such folder."
@@ -249,4 +249,4 @@ def _check_config(file: Path) -> None:
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{file}: the configuration cannot be read ({error}). Copy it again.") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
-        raise InputError(f"{file}: a configuration must be an object with a `model_type`, but this one is none.")
+        raise InputError(f"{file}: a configuration must be an object with a `model_type`, but this one is not.")

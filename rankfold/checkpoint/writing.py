@@ -53,20 +53,20 @@ def save(
     source: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model and its tokenizer as a folder that `from_pretrained` loads, whole or not at all.
+    """Write a model and its tokenizer as a folder that `from_pretrained` loads, completely or not at all.
 
     What was written is loaded back and compared with the model before the folder takes its name.
 
     Args:
         model: A model, usually after `rankfold.compress`.
         tokenizer: Its tokenizer, or `None`.
-        folder: Where to write; weights go to a temporary folder beside it, which is renamed when whole.
+        folder: Where to write; weights go to a temporary folder beside it, which is renamed when complete.
         source: The model from which this one was made: the small files beside its weights (processor, chat template,
-            licence) travel along.
+            licence) are copied too.
         overwrite: Whether an existing folder may be replaced.
 
     Raises:
-        ValueError: If the folder exists, the disk is full, or what was written does not load as what it was.
+        ValueError: If the folder exists, the disk is full, or what was written does not load back as the same model.
     """
     target = Path(folder)
     restore_storage(model)

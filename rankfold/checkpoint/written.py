@@ -112,7 +112,7 @@ def check_adapters(adapted: Any, folder: Path, target: Path) -> None:
     wrong = sorted(stored.keys() ^ expected.keys())
     wrong = wrong or [name for name, part in expected.items() if not _equal(part.cpu(), stored[name])]
     if wrong:
-        raise InputError(f"{target}: the adapters that were written are others ({wrong[0]}). Nothing was left there.")
+        raise InputError(f"{target}: the written adapters differ ({wrong[0]}). Nothing was left there.")
 
 
 def _load(model: Any, folder: Path) -> tuple[Any, Any]:

@@ -22,20 +22,20 @@ from rankfold.errors import InputError
 _ClickError: Any = typer.BadParameter.__mro__[2]
 
 VERBS = {
-    "inspect": "List what can be factorized: shape, break-even rank, spectrum; and what cannot, with the reason.",
-    "sensitivity": "Factorize one kind of layer, one block, or blocks apart at a time, to one rank after the other, and measure.",
+    "inspect": "List what can be factorized, with shape, break-even rank and spectrum; and what cannot, with the reason.",
+    "sensitivity": "Factorize one kind of layer, one block or a set of spaced blocks at a time, at several ranks, and measure.",
     "explore": "Search the design space from the knapsack's plans and the paper's rules; an interrupted search resumes.",
     "compress": "Factorize a model and save a checkpoint that loads in transformers.",
-    "recover": "Train a compressed model against its dense one; an interrupted run resumes.",
-    "quantize": "Store the linear layers of a model, dense ones and factors, in few bits.",
-    "measure": "Measure quality, size and speed, beside the dense model where it is given.",
-    "evaluate": "Let models write programs, next lines and choose continuations, side by side.",
+    "recover": "Train a compressed model to match its dense original; an interrupted run resumes.",
+    "quantize": "Quantize the linear layers of a model, dense layers and factors alike, to 8 bits or fewer.",
+    "measure": "Measure quality, size and speed, side by side with the dense model if it is given.",
+    "evaluate": "Have models write programs, predict next lines and choose continuations, side by side.",
     "benchmark": "Run benchmarks through lm-evaluation-harness, with error bars and paired differences.",
-    "convert-data": "Convert benchmark files into the layout of the harness.",
-    "roofline": "Measure bandwidth and arithmetic of this machine, and time every shape of layer against what they allow.",
-    "report": "Make one self-contained page of records: fronts, maps, spectra, roofline, benchmarks, and how to repeat it.",
-    "export": "Write a compressed model in another form: multiplied out, or a nested one cut to a budget.",
-    "demo": "Run the main job on the bundled model, offline: compress, save, load, measure side by side, generate.",
+    "convert-data": "Convert benchmark files to the layout that the harness reads.",
+    "roofline": "Measure this machine's bandwidth and compute, and time every layer shape against what they allow.",
+    "report": "Make one self-contained page from records: fronts, maps, spectra, roofline, benchmarks, how to reproduce it.",
+    "export": "Export a compressed model: with its factors multiplied out, or a nested one cut to a budget.",
+    "demo": "Run the main workflow on the bundled model, offline: compress, save, load, measure side by side, generate.",
 }
 """Verbs in the order of the help, each with the first line of its own; a test holds the two together."""
 
@@ -98,7 +98,7 @@ app = typer.Typer(
 
 @app.callback()
 def _options(
-    debug: bool = typer.Option(False, "--debug", help="Show the trace of any error; may stand after a verb too."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of any error; may also follow the verb."),
 ) -> None:
     pass
 
@@ -147,8 +147,6 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:  # a fault of ours or of a library must be seen whole
         traceback.print_exc()
-        say(
-            f"This {type(error).__name__} was not foreseen: it is a fault in rankfold or in a library, not in what you "
-        )
-        say(f"typed. Please report it with the trace above and the command. {kept().capitalize()}")
+        say(f"Unexpected {type(error).__name__}: this is a bug in rankfold or in a library, not in what you typed.")
+        say(f"Please report it with the traceback above and the command. {kept()[:1].upper() + kept()[1:]}")
         sys.exit(1)

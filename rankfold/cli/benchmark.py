@@ -31,14 +31,14 @@ def benchmark(
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of local files, from rankfold convert-data (default: the hub).")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task at most.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum questions per task.")] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question (default: the harness's number).")
+        int | None, typer.Option(min=0, help="Few-shot examples per question (default: the harness's number).")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Annotated[int | None, typer.Option(help="Seed of the choice of examples (default: the harness's).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for choosing the examples (default: the harness's).")] = None,
     output: Records = None,
 ) -> None:
     """Run benchmarks through lm-evaluation-harness, with error bars and paired differences."""
@@ -48,7 +48,7 @@ def benchmark(
     check_comparable(models)
     if not is_decoder(models.values()):
         raise InputError(
-            "The harness asks causal language models. Measure a classifier with rankfold measure --labels."
+            "The harness evaluates causal language models only. Measure a classifier with rankfold measure --labels."
         )
     tokenizer = load_tokenizer(model)
     here = circumstances(models, seed=seed, limit=limit)
@@ -71,7 +71,7 @@ def convert_data(
     source: Annotated[Path, typer.Argument(help="Folder of benchmark files in other layouts.")],
     target: Annotated[Path, typer.Argument(help="Folder for files that rankfold benchmark --data-dir reads.")],
 ) -> None:
-    """Convert benchmark files into the layout of the harness."""
+    """Convert benchmark files to the layout that the harness reads."""
     counts = convert(source, target)
     subjects = {name: count for name, count in counts.items() if not name.startswith("mmlu_")}
     rows = [[name, f"{count:,}"] for name, count in subjects.items()]

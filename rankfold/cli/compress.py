@@ -27,7 +27,7 @@ from rankfold.sites import Sites, find_sites
 
 def compress(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="Folder of the compressed model; written whole or not at all.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the compressed model; written completely or not at all.")],
     keep: Annotated[
         float | None,
         typer.Option(
@@ -41,13 +41,13 @@ def compress(
     max_loss_increase: Annotated[
         float | None,
         typer.Option(
-            help="The smallest model whose loss on held-out text rises by no more, in nats per token.",
+            help="Make the smallest model whose held-out loss increases by at most this, in nats per token.",
             rich_help_panel="Budget",
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="An explicit rank for all sites.", rich_help_panel="Budget")] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan of rankfold explore, its forms and ranks.", rich_help_panel="Budget")
+        Path | None, typer.Option(help="A plan from rankfold explore: forms and ranks.", rich_help_panel="Budget")
     ] = None,
     method: Annotated[
         str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.", rich_help_panel="Method")
@@ -63,7 +63,7 @@ def compress(
         str | None,
         typer.Option(
             help=f"How to store: {', '.join(name for name, form in FORMS.items() if form.make)}; pivoted is smallest "
-            "in 16 and 8 bits, low_rank tolerates 4 bits and fewer (default: the method's own).",
+            "at 16 and 8 bits, low_rank tolerates 4 bits or fewer (default: the method's own).",
             rich_help_panel="Method",
         ),
     ] = None,
@@ -72,7 +72,7 @@ def compress(
         int,
         typer.Option(
             min=0,
-            help="Lower ranks to a multiple of this, for fast kernels (0: to one that is fast here, by timing).",
+            help="Round ranks down to a multiple of this, for fast kernels (0: find a fast one by timing).",
             rich_help_panel="Method",
         ),
     ] = 1,
@@ -85,7 +85,7 @@ def compress(
     refine_toward: Annotated[
         str,
         typer.Option(
-            help="What refined blocks aim at: predictions of the model, or each block's own output (far cheaper).",
+            help="What refined blocks match: predictions (of the model), or block (their own output, far cheaper).",
             rich_help_panel="Method",
         ),
     ] = "predictions",
@@ -107,7 +107,9 @@ def compress(
     length: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Tokens a sequence (default: 512, or what the model reads).", rich_help_panel="Calibration"
+            min=2,
+            help="Tokens per sequence (default: 512, or the model's limit if lower).",
+            rich_help_panel="Calibration",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -128,7 +130,7 @@ def compress(
     loaded = load_model(model, dtype=to_dtype(dtype), device=device, dense=True)
     origin = getattr(loaded, "few_bits", None)
     if origin:
-        say(f"The weights were quantized ({origin}) and have been dequantized: what quantization lost stays lost.")
+        say(f"The weights were quantized ({origin}) and have been dequantized: their lost precision is not restored.")
     reads = nested or settings.needs_text(budget)
     tokenizer = load_tokenizer(model) if reads else tokenizer_if_any(model)
     chosen = find_sites(loaded).select(sites or ())
@@ -141,7 +143,7 @@ def compress(
     if corpus is not None:
         say(f"Calibrating on {sequences} x {length or default_length(loaded.config)} tokens of {corpus.name}.")
         if calibration.startswith("bundled:"):
-            say("This is the bundled sample; text like your own gives a better model: --calibration my_text.jsonl")
+            say("This is the bundled sample; text like yours gives a better model: --calibration my_text.jsonl")
     work = output.with_name(f".{output.name}.refine")
     keeps(
         f"nothing was written to {output}"
@@ -177,8 +179,8 @@ def _fast_here(model: Any, sites: Sites) -> int:
         each = seconds[rank] / rank
         rows.append([str(step), str(rank), f"{seconds[rank] * 1e6:.1f}", f"{each * 1e9:.1f}"])
     shape = f"{site.out_features} x {site.in_features}, 128 tokens"
-    print_table(shape, ["multiple of", "rank", "microseconds", "nanoseconds a rank"], rows)
-    say(f"Ranks become multiples of {found}.")
+    print_table(shape, ["multiple of", "rank", "microseconds", "nanoseconds per rank"], rows)
+    say(f"Ranks are rounded down to multiples of {found}.")
     return found
 
 

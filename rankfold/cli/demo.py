@@ -40,14 +40,14 @@ def bundled_model() -> Path:
     for folder in (package / "models" / MODEL, package.parent / "models" / MODEL):
         if folder.is_dir():
             return folder
-    raise InputError(f"The bundled model {MODEL} lies neither in the package nor beside it: install rankfold again.")
+    raise InputError(f"The bundled model {MODEL} is neither in the package nor beside it: reinstall rankfold.")
 
 
 def demo(
     output: Annotated[Path, typer.Argument(help="Folder of the compressed model.")] = Path("demo-checkpoint"),
     keep: Annotated[float, typer.Option(help="Fraction of the sites' parameters to keep.")] = 0.8,
 ) -> None:
-    """Run the main job on the bundled model, offline: compress, save, load, measure side by side, generate."""
+    """Run the main workflow on the bundled model, offline: compress, save, load, measure side by side, generate."""
     source = bundled_model()
     overwrite = is_factorized(output)
     check_target(output, overwrite)
@@ -64,7 +64,7 @@ def demo(
     say("3/5  Save a checkpoint and load it with AutoModelForCausalLM.from_pretrained.")
     save(model, tokenizer, output, overwrite=overwrite)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(output, dtype="auto")
-    say("4/5  Measure both side by side on Python projects that neither training nor calibration saw.")
+    say("4/5  Measure both side by side on Python projects used in neither training nor calibration.")
     models = {"dense": dense, "compressed": loaded}
     held_out = load_corpus("bundled:python-held-out")
     tokens = evaluation_windows(tokenizer, held_out, 256, limit=128)
@@ -79,8 +79,8 @@ def demo(
         say(f"--- {name}\n{_generate(current, tokenizer)}")
     print_table(f"{MODEL}, keep {keep:g}, kfac, knapsack", ["", *models, "ratio"], table(records, models))
     if any(record.context.get("contended") for record in records):
-        say("Other work slowed this machine down while it was timed: the latency rows are unreliable.")
-    say("A model this small is bound by the cost of a call, not of the arithmetic: do not expect it to be faster.")
+        say("Other processes slowed this machine down during timing: the latency rows are unreliable.")
+    say("A model this small is limited by call overhead, not by arithmetic: do not expect it to be faster.")
     say(f"Checkpoint: {output.absolute()}")
 
 

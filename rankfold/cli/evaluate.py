@@ -26,23 +26,23 @@ CONTEXT, SCORED = 96, 16
 
 def evaluate(
     model: Model,
-    dense: Annotated[str | None, typer.Option(help="The dense model, evaluated beside it.")] = None,
+    dense: Annotated[str | None, typer.Option(help="The dense model, to evaluate side by side.")] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="Programming tasks: a JSONL file of HumanEval's or MBPP's layout, or a data set name."),
+        typer.Option(help="Programming tasks: a JSONL file in HumanEval or MBPP layout, or a data set name."),
     ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Held-out text for continuations and next lines (default: bundled:python-held-out)."),
     ] = None,
-    items: Annotated[int, typer.Option(min=0, help="Continuations and next lines of each text (0: none).")] = 200,
-    samples: Annotated[int, typer.Option(min=1, help="Completions of each task.")] = 1,
-    temperature: Annotated[float, typer.Option(help="Of the completions; 0 takes the most likely token.")] = 0.0,
+    items: Annotated[int, typer.Option(min=0, help="Continuations and next lines per text (0: none).")] = 200,
+    samples: Annotated[int, typer.Option(min=1, help="Completions per task.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 takes the most likely token.")] = 0.0,
     new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a completion (default: 256, or half of what the model reads).")
+        int | None, typer.Option(min=1, help="Tokens per completion (default: 256, or half the model's limit).")
     ] = None,
     k: Annotated[list[int] | None, typer.Option(help="The k of pass@k; repeat it (default: 1).")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 16,
     work: Annotated[
         Path, typer.Option(help="Folder in which completions are kept, so that an interrupted run resumes.")
     ] = Path("rankfold-completions"),
@@ -51,9 +51,9 @@ def evaluate(
     seed: Seed = 0,
     output: Records = None,
 ) -> None:
-    """Let models write programs, next lines and choose continuations, side by side.
+    """Have models write programs, predict next lines and choose continuations, side by side.
 
-    Programs that models write are run in a sandbox: bubblewrap or namespaces where the system allows it.
+    Generated programs run in a sandbox: bubblewrap or namespaces where the system allows it.
     """
     check_records(output)
     ks = sorted(set(k or [1]))

@@ -29,9 +29,9 @@ def explore(
         list[str] | None,
         typer.Option(help=f"What to minimize: {', '.join(OBJECTIVES)}; repeat it (default: quality, bytes)."),
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Trials of the study, of all workers and restarts.")] = 200,
-    plans: Annotated[Path | None, typer.Option(help="Folder for the plans of the front, one JSON file each.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the trials into this .png or .svg.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Total trials of the study, over all workers and restarts.")] = 200,
+    plans: Annotated[Path | None, typer.Option(help="Folder for the plans on the front, one JSON file each.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the trials to this .png or .svg.")] = None,
     sites: SiteNames = None,
     method: Annotated[
         list[str] | None, _option(f"How to factorize: {', '.join(METHODS)}; repeat it (default: kfac).", "Space")
@@ -41,12 +41,12 @@ def explore(
         _option("A rank, or below 1 a share of the full rank; repeat it (default: eighths to 0.75).", "Space"),
     ] = None,
     tied: Annotated[
-        bool, _option("One subset of tensor kinds for all chosen blocks, and one rank, as in the paper.", "Space")
+        bool, _option("Use one subset of tensor kinds and one rank for all chosen blocks, as in the paper.", "Space")
     ] = False,
-    one_rank: Annotated[bool, _option("One rank for all chosen sites, whichever they are.", "Space")] = False,
-    skip_first: Annotated[int, _option("First blocks that stay dense.", "Space", min=0)] = 0,
-    skip_last: Annotated[int, _option("Last blocks that stay dense.", "Space", min=0)] = 0,
-    distance: Annotated[int, _option("Least distance between decomposed blocks.", "Space", min=1)] = 1,
+    one_rank: Annotated[bool, _option("Use one rank for all chosen sites.", "Space")] = False,
+    skip_first: Annotated[int, _option("Number of first blocks to leave dense.", "Space", min=0)] = 0,
+    skip_last: Annotated[int, _option("Number of last blocks to leave dense.", "Space", min=0)] = 0,
+    distance: Annotated[int, _option("Minimum distance between decomposed blocks.", "Space", min=1)] = 1,
     study: Annotated[
         str | None,
         _option(
@@ -58,19 +58,17 @@ def explore(
     ] = None,
     workers: Annotated[int, _option("Workers on a Ray cluster (0: work in this process).", "Workers", min=0)] = 0,
     ray: Annotated[
-        str | None, _option("Address of the cluster, auto for this machine's (default: one is started).", "Workers")
+        str | None, _option("Address of the cluster, auto for this machine's (default: start one).", "Workers")
     ] = None,
     calibration: Annotated[
         str, _option("Text to calibrate on: a text or JSONL file, or a data set name.", "Text")
     ] = "bundled:calibration",
     sequences: Annotated[int, _option("Sequences of the calibration text.", "Text", min=1)] = 64,
-    text: Annotated[str, _option("Held-out text on which the quality is measured.", "Text")] = (
-        "bundled:python-held-out"
-    ),
+    text: Annotated[str, _option("Held-out text to measure quality on.", "Text")] = "bundled:python-held-out",
     labels: Annotated[
-        Path | None, _option("JSONL with sentence and label: a classifier's mistakes are the quality.", "Text")
+        Path | None, _option("JSONL with sentence and label: measure quality by a classifier's errors.", "Text")
     ] = None,
-    windows: Annotated[int, _option("Windows of held-out text at most.", "Text", min=2)] = 64,
+    windows: Annotated[int, _option("Maximum windows of held-out text.", "Text", min=2)] = 64,
     output: Records = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -84,7 +82,7 @@ def explore(
     if plot:
         check_figure(plot)
         if objective and len(objective) < 2:
-            raise InputError("A drawing needs two objectives: repeat --objective, or leave --plot out.")
+            raise InputError("A plot needs two objectives: repeat --objective, or omit --plot.")
     if dtype not in DTYPES:
         raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, but got {dtype!r}.")
     named = name or Path(model).name
@@ -116,7 +114,7 @@ def explore(
             done = run_on_ray(settings, workers, ray, stage)
         else:
             worker = prepare(settings, stage)
-            say(f"The space has {worker.bench.space.size:.3g} points; the study lies in {shown(settings.study)}.")
+            say(f"The space has {worker.bench.space.size:.3g} points; the study is stored in {shown(settings.study)}.")
             done = worker.run(stage("trials of this worker", trials))
     best = [done[number] for number in front([list(trial.values.values()) for trial in done])]
     best.sort(key=lambda trial: list(trial.values.values())[-1], reverse=True)
@@ -125,7 +123,7 @@ def explore(
         plans.mkdir(parents=True, exist_ok=True)
         for trial in best:
             (plans / f"trial-{trial.number}.json").write_text(trial.plan.to_json() + "\n")
-        say(f"{len(best)} plans in {plans}: compress with rankfold compress MODEL OUTPUT --plan {plans}/trial-N.json")
+        say(f"{len(best)} plans in {plans}: apply one with rankfold compress MODEL OUTPUT --plan {plans}/trial-N.json")
     if plot:
         _draw(plot, model, best, done, settings.objectives)
     here = circumstances(model, data=text, study=f"{shown(settings.study)} {named}", space=settings.ranks, seed=seed)
@@ -149,7 +147,7 @@ def _print_front(model: str, best: list[Any], done: list[Any]) -> None:
     for trial in shown:
         values = [_written(name, trial) for name in names]
         rows.append([str(trial.number), trial.start or "search", *values, str(len(trial.plan.factorized))])
-    title = f"{Path(model).name}: {len(best)} of {len(done)} trials that no other beats"
+    title = f"{Path(model).name}: {len(best)} of {len(done)} trials are Pareto-optimal"
     print_table(title, ["trial", "from", *names, "sites decomposed"], rows)
 
 
@@ -176,4 +174,4 @@ def _draw(plot: Path, model: str, best: list[Any], done: list[Any], objectives: 
     draw_points(
         {k: v for k, v in series.items() if v}, plot, title=f"{Path(model).name}: {len(done)} trials", axes=axes
     )
-    say(f"Trials drawn to {plot}")
+    say(f"Trials plotted to {plot}")

@@ -18,16 +18,16 @@ from rankfold.shards import check_target
 def export(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Folder of the exported model.")],
-    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out: an ordinary checkpoint.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Multiply the factors out into a dense checkpoint.")] = False,
     keep: Annotated[
         float | None, typer.Option(help="Cut a nested model to this fraction of its sites' parameters.")
     ] = None,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
 ) -> None:
-    """Write a compressed model in another form: multiplied out, or a nested one cut to a budget."""
+    """Export a compressed model: with its factors multiplied out, or a nested one cut to a budget."""
     if dense == (keep is not None):
-        raise InputError("Say what to export: --dense multiplies the factors out, --keep 0.7 cuts a nested model.")
+        raise InputError("Pass exactly one of --dense, to multiply the factors out, and --keep, to cut a nested model.")
     check_target(output, overwrite)
     loaded = load_model(model, dtype=to_dtype(dtype))
     if keep is None:
@@ -38,4 +38,4 @@ def export(
     save(loaded, tokenizer_if_any(model), output, source=model, overwrite=overwrite)
     say(f"Checkpoint: {output}, {plan.parameters:,} parameters in its sites")
     if plan.predicted_loss is not None:
-        say(f"Predicted rise of the loss: {plan.predicted_loss:.4f} nat/token")
+        say(f"Predicted increase in loss: {plan.predicted_loss:.4f} nat/token")

@@ -21,12 +21,12 @@ from rankfold.sites import find_sites
 def inspect(
     model: Model,
     sites: SiteNames = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the spectra into this .png or .svg.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the spectra to this .png or .svg.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Records = None,
 ) -> None:
-    """List what can be factorized: shape, break-even rank, spectrum; and what cannot, with the reason."""
+    """List what can be factorized, with shape, break-even rank and spectrum; and what cannot, with the reason."""
     if plot:
         check_figure(plot)
     check_records(output)
@@ -52,6 +52,6 @@ def inspect(
         for found in inspections:
             spectra.setdefault(found.site.kind, {})[found.site.name] = found.spectrum
         draw_spectra(spectra, plot)
-        say(f"Spectra drawn to {plot}")
+        say(f"Spectra plotted to {plot}")
     here = circumstances(loaded)
     write_records([found.record(here) for found in inspections], output)

@@ -17,35 +17,35 @@ from rankfold.measurement import measure as measure_models
 
 def measure(
     model: Model,
-    dense: Annotated[str | None, typer.Option(help="The dense model, measured beside it.")] = None,
+    dense: Annotated[str | None, typer.Option(help="The dense model, to compare with.")] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Evaluation text: a file or data set name; repeat it (default: the two bundled ones)."),
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="JSONL with sentence and label, for a classifier.")] = None,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a window (default: 512, or what the model reads).")
+        int | None, typer.Option(min=2, help="Tokens per window (default: 512, or the model's limit if lower).")
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows to score at most.")] = 256,
+    windows: Annotated[int, typer.Option(min=1, help="Maximum windows to score.")] = 256,
     latency: Annotated[
         bool, typer.Option(help="Time prefill and decoding, models interleaved.", rich_help_panel="Cost")
     ] = True,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the timed prompt.", rich_help_panel="Cost")] = 128,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens in the timed prompt.", rich_help_panel="Cost")] = 128,
     batch: Annotated[
         list[int] | None,
         typer.Option(
-            min=1, help="Prompts timed at once; repeat it, as from 1 to 64 (default: 1).", rich_help_panel="Cost"
+            min=1, help="Batch size to time; repeat it, for example 1 to 64 (default: 1).", rich_help_panel="Cost"
         ),
     ] = None,
     watts: Annotated[
         float | None,
-        typer.Option(min=0, help="Power to assume where no counter shows energy: an estimate.", rich_help_panel="Cost"),
+        typer.Option(min=0, help="Power to assume if there is no energy counter: an estimate.", rich_help_panel="Cost"),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Records = None,
 ) -> None:
-    """Measure quality, size and speed, beside the dense model where it is given."""
+    """Measure quality, size and speed, side by side with the dense model if it is given."""
     names = {"dense": dense, "compressed": model} if dense else {"model": model}
     # A folder of adapters holds no model of its own.
     folders = {name: str(source) for name, source in names.items() if (Path(str(source)) / "config.json").is_file()}
@@ -59,7 +59,7 @@ def measure(
         )  # fmt: skip
     print_table(str(model), ["", *names, "ratio" if dense else ""], table(records, names))
     if any(record.context.get("contended") for record in records):
-        say("Warning: other work slowed this machine down while it was timed. Repeat the latency when it is quiet.")
+        say("Warning: other processes slowed this machine down during timing. Repeat the timing when it is idle.")
     for record in records:
         if record.name == "failure sign":
             say(f"Warning: {record.subject}: {record.context['text']}.")

@@ -17,12 +17,12 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 Model = Annotated[str, typer.Argument(help="Model folder, or name on the Hugging Face hub.")]
 Device = Annotated[
-    str, typer.Option(help="Where to compute: auto (CUDA where there is one, otherwise the CPU), cpu, cuda, cuda:1.")
+    str, typer.Option(help="Where to compute: auto (CUDA if available, otherwise the CPU), cpu, cuda, cuda:1.")
 ]
 Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 Records = Annotated[
-    Path | None, typer.Option("--output", help="File for the records (default: stdout, where it is piped).")
+    Path | None, typer.Option("--output", help="File for the records (default: stdout, if it is piped).")
 ]
 SiteNames = Annotated[
     list[str] | None,
@@ -56,4 +56,4 @@ def read_plan(file: Path) -> Plan:
     except OSError as error:
         raise InputError(f"{file}: the plan cannot be read ({error.strerror}).") from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: this is no plan ({error}). Take one that rankfold explore wrote.") from error
+        raise InputError(f"{file}: not a valid plan ({error}). Use one that rankfold explore wrote.") from error

@@ -28,13 +28,13 @@ BATCH = 8
 
 def quantize(
     model: Model,
-    output: Annotated[Path, typer.Argument(help="Folder of the quantized model; written whole or not at all.")],
+    output: Annotated[Path, typer.Argument(help="Folder of the quantized model; written completely or not at all.")],
     scheme: Annotated[
         str,
-        typer.Option(help=f"One of {', '.join(QUANTIZERS)}: spqr stores 2 to 8 bits, the others are bitsandbytes'."),
+        typer.Option(help=f"One of {', '.join(QUANTIZERS)}: spqr stores 2 to 8 bits, the others use bitsandbytes."),
     ] = "spqr",
     bits: Annotated[
-        int | None, typer.Option(help="Bits of a weight, for schemes that have a choice (spqr: 4).")
+        int | None, typer.Option(help="Bits per weight, for schemes that offer a choice (spqr: 4).")
     ] = None,
     group: Annotated[int | None, typer.Option(help="Weights that share a scale (spqr: 16).")] = None,
     outliers: Annotated[float | None, typer.Option(help="Share of the weights kept in 16 bits (spqr: 0.01).")] = None,
@@ -43,14 +43,14 @@ def quantize(
     ] = "bundled:calibration",
     sequences: Annotated[int, typer.Option(min=1, help="Sequences of the calibration text.")] = 128,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a sequence (default: 512, or what the model reads).")
+        int | None, typer.Option(min=2, help="Tokens per sequence (default: 512, or the model's limit if lower).")
     ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Store the linear layers of a model, dense ones and factors, in few bits."""
+    """Quantize the linear layers of a model, dense layers and factors alike, to 8 bits or fewer."""
     start = time.perf_counter()
     check_target(output, overwrite)
     entry = quantizer_at(scheme)
@@ -77,7 +77,7 @@ def quantize(
         if summary.padded:
             say(f"Factors were padded with {summary.padded:,} zeros, which are stored too.")
     if entry.few(settings) and any(isinstance(module, PivotedLinear) for module in loaded.modules()):
-        say("Warning: pivoted layers lose much in so few bits. Before 4 bits or fewer, compress with --form low_rank.")
+        say("Warning: pivoted layers lose a lot at so few bits. For 4 bits or fewer, compress with --form low_rank.")
     save(loaded, tokenizer, output, source=model, overwrite=overwrite)
     stored = disk_bytes(output)
     assert stored is not None, "it was written just now"
@@ -96,9 +96,9 @@ def _quantize_blocks(model: Any, batches: Any, scheme: str, settings: Any) -> No
         on_step = stage("layers", len(layers))
         bits = quantize_blocks(model, batches, scheme, settings, on_step=on_step)
     average = sum(bits.values()) / len(bits)
-    say(f"{len(bits)} of {len(layers)} layers in {average:.2f} bits a weight on average, all included.")
+    say(f"{len(bits)} of {len(layers)} layers in {average:.2f} bits per weight on average, overhead included.")
     stacks = [p for path in paths for p in model.get_submodule(path).parameters() if p.ndim == 3]
     if stacks:
         say(f"{sum(p.numel() for p in stacks):,} weights in stacks of experts are not quantized: factorize them first.")
     if len(bits) < len(layers):
-        say("The others are so small that quantization would not make them smaller.")
+        say("The other layers are too small for quantization to shrink them.")

@@ -26,20 +26,20 @@ MOST_WINDOWS = 4096
 
 def recover(
     model: Annotated[str, typer.Argument(help="Folder of the compressed model.")],
-    output: Annotated[Path, typer.Argument(help="Folder of the recovered model; written whole or not at all.")],
-    dense: Annotated[str | None, typer.Option(help="The dense model, whose distribution is the target.")] = None,
+    output: Annotated[Path, typer.Argument(help="Folder of the recovered model; written completely or not at all.")],
+    dense: Annotated[str | None, typer.Option(help="The dense model, whose predictions are the target.")] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to train on: a file, a data set name, or 'generated' by the dense model; repeat it to mix "
+            help="Text to train on: a file, a data set name, or 'generated' (by the dense model); repeat to mix "
             "(default: bundled:calibration)."
         ),
     ] = None,
     objective: Annotated[str, typer.Option(help="kl (to the dense model) or next-token.")] = "kl",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps at most; it stops early.")] = 500,
-    batch: Annotated[int, typer.Option(min=1, help="Windows a step.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Maximum optimizer steps; training may stop early.")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 16,
     length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a window (default: 512, or what the model reads).")
+        int | None, typer.Option(min=2, help="Tokens per window (default: 512, or the model's limit if lower).")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Learning rate (default: one that suits the width).")] = None,
     lora: Annotated[
@@ -51,11 +51,11 @@ def recover(
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Train a compressed model against its dense one; an interrupted run resumes."""
+    """Train a compressed model to match its dense original; an interrupted run resumes."""
     check_target(output, overwrite)
     texts = text or ["bundled:calibration"]
     if objective == "kl" and dense is None:
-        raise InputError("--objective kl needs the dense model: pass --dense, or take --objective next-token.")
+        raise InputError("--objective kl needs the dense model: pass --dense, or use --objective next-token.")
     # 16-bit weights cannot take small steps: they are trained in float32 and rounded when they are saved.
     # Under adapters the weights stay as they are.
     exact = None if quantized_by_library(model) else torch.float32

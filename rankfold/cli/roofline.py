@@ -26,15 +26,15 @@ def roofline(
     model: Model,
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Rank as a share of the full rank.")] = 0.25,
     tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens of a call; repeat it (default: 1, as in decoding).")
+        list[int] | None, typer.Option(min=1, help="Tokens per call; repeat it (default: 1, as in decoding).")
     ] = None,
     sites: SiteNames = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the roofline into this .png or .svg.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the roofline to this .png or .svg.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     output: Records = None,
 ) -> None:
-    """Measure bandwidth and arithmetic of this machine, and time every shape of layer against what they allow."""
+    """Measure this machine's bandwidth and compute, and time every layer shape against what they allow."""
     check_records(output)
     if plot:
         check_figure(plot)
@@ -54,12 +54,12 @@ def roofline(
     size = torch.finfo(number).bits // 8
     say(
         f"This machine reads {peaks.bytes_per_second / 1e9:.1f} GB/s and computes {peaks.flops_per_second / 1e9:.0f} "
-        f"GFLOP/s in {str(number).removeprefix('torch.')}: below {peaks.ridge:.1f} FLOPs a byte memory is the limit."
+        f"GFLOP/s in {str(number).removeprefix('torch.')}: below {peaks.ridge:.1f} FLOPs/byte, memory is the limit."
     )
     whole = reading(loaded)
     ratio = 2 * whole.multiplications / whole.bytes
-    say(f"A decoded token asks {ratio:.2f} FLOPs of each byte read of the {parameter_count(loaded):,} parameters.")
-    print_table(model, ["layer", "tokens", "FLOPs a byte", "predicted", "measured", "ratio"], _rows(timed, size))
+    say(f"Decoding a token takes {ratio:.2f} FLOPs per byte read of the {parameter_count(loaded):,} parameters.")
+    print_table(model, ["layer", "tokens", "FLOPs/byte", "predicted", "measured", "ratio"], _rows(timed, size))
     _explain(timed, peaks, size)
     if plot:
         _draw(plot, timed, peaks, size)
@@ -97,7 +97,7 @@ def _explain(timed: list[Timed], peaks: Peaks, size: int) -> None:
         if abs(ratio - 1) <= AGREE:
             continue
         if found.contended:
-            why = "other work slowed this machine down while it was timed"
+            why = "other processes slowed this machine down during timing"
         elif ratio < 1:
             why = "a cache holds some of it"
         elif found.predicted_seconds < 5e-5:
@@ -105,7 +105,7 @@ def _explain(timed: list[Timed], peaks: Peaks, size: int) -> None:
         elif found.layer.intensity(found.tokens, size) < peaks.ridge:
             why = "the kernel for few tokens does not reach the bandwidth of a long read"
         else:
-            why = "the kernel does not reach the arithmetic of a large square product"
+            why = "the kernel does not reach the throughput of a large square product"
         say(f"{found.layer.name}, {found.tokens} token(s): {ratio:.2f} times the prediction: {why}.")
 
 
@@ -120,9 +120,9 @@ def _draw(plot: Path, timed: list[Timed], peaks: Peaks, size: int) -> None:
     }
     ends = [0.1, peaks.ridge, 10 * peaks.ridge]
     roof = [(x, min(x * peaks.bytes_per_second, peaks.flops_per_second) / 1e9) for x in ends]
-    axes = ("FLOPs a byte", "GFLOP/s")
+    axes = ("FLOPs/byte", "GFLOP/s")
     draw_points({**reached, "roof": roof}, plot, title="Roofline of this machine", axes=axes)
-    say(f"Roofline drawn to {plot}")
+    say(f"Roofline plotted to {plot}")
 
 
 def roofline_records(timed: list[Timed], peaks: Peaks, ratio: float, size: int, here: Circumstances) -> list[Record]:

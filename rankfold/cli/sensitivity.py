@@ -37,7 +37,7 @@ def sensitivity(
         list[float] | None, typer.Option(help="Share of the full rank, 0 for rank 1; repeat it (default: eighths).")
     ] = None,
     sites: SiteNames = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the study into this .png or .svg.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot the study to this .png or .svg.")] = None,
     calibration: Annotated[
         str,
         typer.Option(rich_help_panel="Text", help="Text to calibrate on: a text or JSONL file, or a data set name."),
@@ -46,21 +46,19 @@ def sensitivity(
         int, typer.Option(rich_help_panel="Text", min=1, help="Sequences of the calibration text.")
     ] = 64,
     text: Annotated[
-        str, typer.Option(rich_help_panel="Text", help="Held-out text on which the loss is measured.")
+        str, typer.Option(rich_help_panel="Text", help="Held-out text to measure the loss on.")
     ] = "bundled:python-held-out",
     labels: Annotated[
         Path | None,
-        typer.Option(
-            rich_help_panel="Text", help="JSONL with sentence and label: a classifier's mistakes are measured."
-        ),
+        typer.Option(rich_help_panel="Text", help="JSONL with sentence and label: measure a classifier's errors."),
     ] = None,
-    windows: Annotated[int, typer.Option(rich_help_panel="Text", min=2, help="Windows of it at most.")] = 64,
-    cost: Annotated[bool, typer.Option(help="Time every trial beside the dense model, and count energy.")] = False,
+    windows: Annotated[int, typer.Option(rich_help_panel="Text", min=2, help="Maximum windows of held-out text.")] = 64,
+    cost: Annotated[bool, typer.Option(help="Time every trial against the dense model, and measure energy.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
 ) -> None:
-    """Factorize one kind of layer, one block, or blocks apart at a time, to one rank after the other, and measure."""
+    """Factorize one kind of layer, one block or a set of spaced blocks at a time, at several ranks, and measure."""
     if plot:
         check_figure(plot)
     if records.is_dir():
@@ -104,7 +102,7 @@ def sensitivity(
                 points.setdefault(record.context["group"], []).append(place)
         axes = ("parameters removed, % of the model", f"{results[0].name.replace('_', ' ')}, {results[0].unit}")
         draw_points(points, plot, title=f"{Path(model).name}, {method}: by {by}", axes=axes, lines=True)
-        say(f"Study drawn to {plot}")
+        say(f"Study plotted to {plot}")
     say(f"Records: {records}")
     write_records(results, output=None)
 

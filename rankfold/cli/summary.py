@@ -41,9 +41,9 @@ def report_plan(output: Path, model: Any, plan: Plan, sites: Sites, before: int,
         say(f"left dense: {note}")
     if plan.predicted_loss is not None:
         bound = "" if plan.bound is None else f"; no ranks within this budget are predicted below {plan.bound:.4f}"
-        say(f"Predicted rise of the loss: {plan.predicted_loss:.4f} nat/token{bound}")
+        say(f"Predicted increase in loss: {plan.predicted_loss:.4f} nat/token{bound}")
     if "measured_increase" in plan.calibration:
-        say(f"Measured rise on held-out text: {plan.calibration['measured_increase']:.4f} nat/token")
+        say(f"Measured increase on held-out text: {plan.calibration['measured_increase']:.4f} nat/token")
     total = sum(site.parameters for site in sites)
     say(f"Sites: {total:,} -> {plan.parameters:,} parameters ({plan.parameters / total:.1%} kept)")
     say(f"Model: {before:,} -> {after:,} parameters ({after / before:.1%} kept)")

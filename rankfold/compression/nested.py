@@ -45,7 +45,7 @@ def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments
     """
     decompose = METHODS[method].ordered
     if decompose is None:
-        raise InputError(f"A nested model needs the factors of every rank at once, which {method} does not give.")
+        raise InputError(f"A nested model needs the factors of every rank at once, which {method} does not provide.")
     options: list[Option] = []
     tables: dict[str, dict[str, Any]] = {}
     for site in sites:
@@ -76,11 +76,11 @@ def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments
 
 @torch.no_grad()
 def shrink(model: Any, keep: float) -> Plan:
-    """Cut a nested model to a budget, in place, its ranks shared out by the predicted losses that it stores.
+    """Cut a nested model to a budget, in place, allocating ranks by the predicted losses that it stores.
 
     Args:
-        model: What `nest` made, as it is or loaded again.
-        keep: Fraction of what the dense sites had.
+        model: A model made by `nest`, in memory or loaded again.
+        keep: Fraction of the dense sites' parameters to keep.
 
     Raises:
         ValueError: If the model is not nested, or the budget is out of reach.
@@ -175,7 +175,7 @@ def _set_thresholds(
             hook.remove()
     for name, layer in layers.items():
         if not seen[name]:
-            raise InputError(f"{name}: no token of the text reached it. Give other or more text.")
+            raise InputError(f"{name}: no token of the text reached it. Use other or more text.")
         ordered = torch.cat(seen[name]).sort().values
         place = min(int(share * len(ordered)), len(ordered) - 1)
         layer.threshold.fill_(float(ordered[place]) if share < 1 else float("inf"))

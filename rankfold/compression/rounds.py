@@ -37,17 +37,17 @@ def compress_in_rounds(  # noqa: PLR0913
     drift: float = 0.5,
     on_step: Step = no_step,
 ) -> Plan:
-    """Compress a model in place by two-sided weighting, measuring anew what the compression has changed.
+    """Compress a model in place by two-sided weighting, re-measuring what compression has changed.
 
-    The first round's moments belong to the dense model. Compressed, the model sees other inputs and other
-    gradients; every further round measures those, and factorizes the dense weights again with them. At last the
+    The first round's moments belong to the dense model. Once compressed, the model sees different inputs and
+    gradients; every further round measures those, and factorizes the dense weights again with them. Finally, the
     layers are corrected for the drift of their inputs (`correct_drift`). All of it is closed-form.
 
     Args:
         model: A transformers model; its dense weights stay in memory beside the compressed ones until the end.
         sites: What may be factorized.
         batches: Calibration batches on the model's device.
-        loss: Whose gradients weigh the outputs (`rankfold.calibration.summed_loss`).
+        loss: The loss whose gradients weight the outputs (`rankfold.calibration.summed_loss`).
         allocate: Chooses the plan of a round, usually `rankfold.allocate` with a budget.
         method: A method that gives the factors of every rank at once (`Method.ordered`).
         rounds: Rounds after the first.
@@ -64,7 +64,7 @@ def compress_in_rounds(  # noqa: PLR0913
     decompose = METHODS[method].ordered
     if decompose is None:
         raise InputError(
-            f"Rounds choose ranks anew, for which a method must give the factors of every rank at once, but {method} "
+            f"Rounds re-choose ranks, for which a method must provide the factors of every rank at once, but {method} "
             "does not. Factorize once: calibrate, allocate, factorize. Methods that do: "
             f"{', '.join(_ordered_methods())}."
         )

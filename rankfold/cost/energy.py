@@ -102,7 +102,7 @@ def _nvml(device: torch.device) -> Meter:
 
         library: Any = pynvml
     except ImportError:
-        return Meter("unavailable", "NVIDIA's counter is read by nvidia-ml-py: pip install 'rankfold[energy]'")
+        return Meter("unavailable", "reading NVIDIA's counter needs nvidia-ml-py: pip install 'rankfold[energy]'")
     try:
         library.nvmlInit()
         uuid = str(torch.cuda.get_device_properties(device).uuid)

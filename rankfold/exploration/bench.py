@@ -128,7 +128,7 @@ class Objective(NamedTuple):
 
 OBJECTIVES: dict[str, Objective] = {
     # The quality is replaced by the paired difference, which has an error.
-    "quality": Objective("nat/token", lambda bench, plan: 0.0, "rise of the loss on held-out text"),
+    "quality": Objective("nat/token", lambda bench, plan: 0.0, "increase in loss on held-out text"),
     "parameters": Objective("1", lambda bench, plan: bench.parameters(plan), "parameters of the model"),
     "bytes": Objective("byte", lambda bench, plan: bench.bytes(plan), "bytes of the model"),
     "multiplications": Objective(

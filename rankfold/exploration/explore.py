@@ -96,7 +96,7 @@ def _all_of(worker: Worker) -> list[Done]:
     done = finished(worker.study, worker.bench)
     if not done:
         reasons = "; ".join(failures(worker.study)) or "none was measured"
-        raise InputError(f"No trial of the study gave numbers: {reasons}.")
+        raise InputError(f"No trial of the study gave a result: {reasons}.")
     return done
 
 
@@ -201,7 +201,7 @@ def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: 
     machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     if len(machines) > 1 and settings.study.startswith("sqlite"):
         raise InputError(
-            f"Workers on {len(machines)} machines cannot share the file of SQLite: give `study` a PostgreSQL database."
+            f"Workers on {len(machines)} machines cannot share a SQLite file: give `study` a PostgreSQL database."
         )
     task = ray.remote(**needs, max_retries=3, scheduling_strategy="SPREAD")(_work)
     measured = ray.put(Measured(worker.bench.statistics, worker.bench.losses))

@@ -231,7 +231,7 @@ def _read(file: Path, study: str) -> dict[tuple[str, float], Record]:
         if not foreign:
             return {(record.context["group"], record.context["share"]): record for record in records}
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file}: no records of a study ({error}). Name another file, or remove this one.") from error
+        raise InputError(f"{file}: not the records of a study ({error}). Name another file, or remove it.") from error
     raise InputError(
         f"{file}: holds records of another study: another model, text, method or version. Name another file."
     )

@@ -95,21 +95,19 @@ class DesignSpace:
             raise InputError("A design space needs at least one site and one choice of method and rank.")
         if self.skip_first < 0 or self.skip_last < 0 or self.distance < 1:
             raise InputError(
-                f"Blocks to skip are counted from 0 and distances from 1, but got {self.skip_first}, {self.skip_last} "
+                f"Blocks to skip must be 0 or more, distances 1 or more, but got {self.skip_first}, {self.skip_last} "
                 f"and {self.distance}."
             )
         outside = [site.name for site in self.sites if site.block is None]
         if outside:
-            raise InputError(
-                f"{outside[0]}: a design space is one of blocks, and this site lies in none. Leave it out."
-            )
+            raise InputError(f"{outside[0]}: a design space covers blocks, and this site is in none. Leave it out.")
         if self.skip_first + self.skip_last >= len(self.blocks):
             raise InputError(
                 f"Of {len(self.blocks)} blocks {self.skip_first} + {self.skip_last} are skipped, and none is left."
             )
         if self.tied and any(set(self._kinds_of(block)) != set(self.kinds) for block in self.blocks):
             raise InputError(
-                "Tied choices need blocks of the same kinds, which this model does not have: leave them free."
+                "Tied choices need blocks with the same tensor kinds, unlike this model's: do not tie them."
             )
 
     @cached_property

@@ -86,12 +86,12 @@ def open_study(url: str, name: str, facts: Mapping[str, Any], objectives: Sequen
         return study
     if stored["study_version"] > STUDY_VERSION:
         raise InputError(
-            f"{shown(url)}: the study {name!r} was made by a newer rankfold (version {stored['study_version']} of "
-            f"what a study stores, this one reads up to {STUDY_VERSION}). Install it: pip install --upgrade rankfold"
+            f"{shown(url)}: the study {name!r} was made by a newer rankfold (study version {stored['study_version']}, "
+            f"while this one reads up to {STUDY_VERSION}). Install it: pip install --upgrade rankfold"
         )
     if stored.get("fingerprint") != facts["fingerprint"] or stored.get("objectives") != list(objectives):
         raise InputError(
-            f"{shown(url)}: the study {name!r} is one of another model, text, space or objectives "
+            f"{shown(url)}: the study {name!r} belongs to another model, text, space or objectives "
             f"({stored.get('model', 'unknown model')}, {', '.join(stored.get('objectives', []))}). Give this one "
             "another `name`, or another `study`."
         )
@@ -118,7 +118,7 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
         raise InputError(f"{shown(url)}: its driver is missing: pip install 'rankfold[postgres]'") from error
     except (ArgumentError, NoSuchModuleError) as error:
         raise InputError(
-            f"{shown(url)}: a study lies in a database such as sqlite:///study.db or postgresql://user@host/name."
+            f"{shown(url)}: a study is stored in a database such as sqlite:///study.db or postgresql://user@host/name."
         ) from error
     except OperationalError as error:
         raise InputError(
@@ -127,8 +127,8 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
         ) from error
     except DatabaseError as error:
         raise InputError(
-            f"{shown(url)}: this is no database ({str(error.orig).strip().splitlines()[0]}). Name a file that rankfold "
-            "explore made, or one that is not there yet."
+            f"{shown(url)}: not a database ({str(error.orig).strip().splitlines()[0]}). Name a file that rankfold "
+            "explore made, or one that does not exist yet."
         ) from error
 
 

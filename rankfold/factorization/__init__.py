@@ -18,10 +18,10 @@ from rankfold.registry import Registry
 
 
 class Method(NamedTuple):
-    """A way to factorize one layer: it offers what it can, and whoever needs more than it offers refuses it."""
+    """A way to factorize one layer: it declares what it offers, and callers that need more reject it."""
 
     factorize: Callable[[Tensor, Tensor | None, SiteMoments, int], Factors]
-    """Weight (out, in), bias, moments and rank to factors."""
+    """Maps weight (out, in), bias, moments and rank to factors."""
     form: str
     """The form of the module that holds the factors; two factors may also be re-encoded as `pivoted`."""
     needs_data: bool = False
@@ -31,9 +31,9 @@ class Method(NamedTuple):
     adds_bias: bool = False
     """Whether a layer without a bias gets one."""
     ordered: Callable[[Tensor, Tensor | None, SiteMoments], Ordered] | None = None
-    """Weight, bias and moments to the factors of every rank at once, which rounds and nesting need."""
+    """Maps weight, bias and moments to the factors of every rank at once, which rounds and nesting need."""
     is_optimal: bool = True
-    """Whether no factors of the same rank have a smaller `error`; heuristics, such as scaled columns, have none."""
+    """Whether no factors of the same rank have a smaller `error`; false for heuristics such as scaled columns."""
 
 
 METHODS: Registry[Method] = Registry(

@@ -39,9 +39,9 @@ class Moments(NamedTuple):
 
 
 class SiteMoments(NamedTuple):
-    """What calibration knows of one site: the moments of its inputs, or of its outputs, whichever is smaller.
+    """What calibration knows about one site: the moments of its inputs, or of its outputs, whichever is smaller.
 
-    Where a loss was followed back, moments of the inputs always, and of the loss's gradient at the outputs.
+    If a loss was backpropagated, always moments of the inputs, and those of the loss's gradient at the outputs.
     """
 
     inputs: Moments | None = None

@@ -35,7 +35,7 @@ def convert_data(source: Path, target: Path) -> dict[str, int]:
         ValueError: If the folder holds no such file.
     """
     if not source.is_dir():
-        raise InputError(f"{source}: benchmark files lie in a folder, but there is none of this name.")
+        raise InputError(f"{source}: benchmark files are read from a folder, but there is no such folder.")
     rows: dict[str, list[Row]] = {}
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         for name, row in _read(file):

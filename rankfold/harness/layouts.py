@@ -88,7 +88,7 @@ def local_files(name: str, folder: Path) -> dict[str, dict[str, Path]]:
     if name not in BENCHMARKS:
         raise InputError(f"A benchmark must be one of {', '.join(BENCHMARKS)}, but got {name!r}.")
     if not folder.is_dir():
-        raise InputError(f"{folder}: benchmark files lie in a folder, but there is none of this name.")
+        raise InputError(f"{folder}: benchmark files are read from a folder, but there is no such folder.")
     benchmark = BENCHMARKS[name]
     stem = SHARED_FILES.get(name, name)
     tasks = [stem]
@@ -110,7 +110,7 @@ def local_files(name: str, folder: Path) -> dict[str, dict[str, Path]]:
 
 def _missing(file: Path) -> str:
     return (
-        f"{file}: this benchmark needs the file, but it is not there. Files of another layout become such files with "
+        f"{file}: this benchmark needs the file, but it is not there. Convert files of another layout with "
         "rankfold convert-data SOURCE FOLDER."
     )
 

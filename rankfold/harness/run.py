@@ -157,7 +157,7 @@ def _answers(result: Mapping[str, Any], name: str, version: str) -> Answers:
                 if (wanted is None or key in wanted) and isinstance(sample[metric], numbers.Real):
                     values.setdefault(key, []).append(float(sample[metric]))
     if not values:
-        raise InputError(f"{name}: this task has no metric that is a number for each item, so models cannot be paired.")
+        raise InputError(f"{name}: this task has no numeric metric per item, so models cannot be compared in pairs.")
     shots = set(result["n-shot"].values())
     ordered = {key: values[key] for key in wanted or values if key in values}
     return Answers(ordered, shots.pop() if len(shots) == 1 else None, version)

@@ -58,22 +58,22 @@ def measure(  # noqa: PLR0913
     stage: Stage = no_stage,
     say: Say = lambda line: None,
 ) -> Records:
-    """Quality, size and speed of a model, or of several beside the first, which is the dense one.
+    """Measure the quality, size and speed of a model, or of several against the first, which is the dense one.
 
     Args:
         models: A model, or models by name: `{"dense": dense, "compressed": model}`.
-        tokenizer: Their tokenizer; without it the one that lies beside the first model.
+        tokenizer: Their tokenizer; by default the one stored with the first model.
         text: Held-out texts: files, data set names or corpora.
         labels: JSONL with sentence and label, for classifiers, in place of text.
-        length: Tokens of a window; without it 512, or what the models read.
-        windows: Windows to score at most.
+        length: Tokens per window; by default 512, or the models' limit if lower.
+        windows: Maximum number of windows to score.
         latency: Whether prefill and decoding are timed, models interleaved, and memory and energy measured.
         prompt: Tokens of the timed prompt.
         batches: Numbers of prompts that are timed at once.
-        folders: Where models lie, by name, for their bytes on disk.
-        meter: Counts energy; without it whatever this machine has.
+        folders: Folders of the models, by name, to count their bytes on disk.
+        meter: Energy meter; by default whatever this machine has.
         stage: Opens a stage of work, for progress bars.
-        say: Takes what a person should know, line by line.
+        say: Receives messages for the user, line by line.
 
     Raises:
         ValueError: If the models do not share a vocabulary, or read fewer tokens than asked for.
@@ -137,7 +137,7 @@ class _Task:
             )
             return records
         if hearing:
-            self.say("These models listen: their decoders are scored on text alone, after silence.")
+            self.say("These are speech models: their decoders are scored on text alone, with silence as audio.")
         seen = self._calibration_texts()
         for text in texts:
             corpus = text if isinstance(text, Corpus) else load_corpus(text)
@@ -182,7 +182,7 @@ class _Task:
                 except ValueError:
                     corpus = None
                 if corpus is None or digest not in (None, corpus.sha256):
-                    self.say(f"The text {name} that the model saw cannot be read here: overlap with it is not checked.")
+                    self.say(f"The text {name}, used for this model, cannot be read here: overlap is not checked.")
                 else:
                     texts += corpus.texts
             if texts:

@@ -72,8 +72,8 @@ def _of_one(subject: str, name: str, value: float, before: float, record: Record
         return [Sign(subject, "accuracy", text)]
     if name in ("prefill", "decode") and value > TIME_RATIO * before and not record.context.get("contended"):
         text = (
-            f"{name} takes {value / before:.2f} times as long as dense{where}: two small products cost more calls than "
-            "they save. Compress wide layers only, or more"
+            f"{name} takes {value / before:.2f} times as long as dense{where}: the calls of two small products "
+            "cost more than they save. Compress only wide layers, or compress more"
         )
         return [Sign(subject, "slower", text)]
     if name == "energy" and value > TIME_RATIO * before:
@@ -98,7 +98,7 @@ def _repetitive(values: dict[tuple[str, str, str], tuple[float, Record]], dense:
             if other == subject and name == "repeated" and fine and before and value > before[0] + REPEATED_RISE:
                 text = (
                     f"perplexity is within {PERPLEXITY_RATIO - 1:.0%} of dense, but {value:.0%} of the 4-grams that it "
-                    f"writes were there before (dense: {before[0]:.0%})"
+                    f"generates are repeats (dense: {before[0]:.0%})"
                 )
                 signs.append(Sign(subject, "repetitive", text))
     return signs

@@ -18,7 +18,7 @@ class FactorizedLinear(nn.Module):
     out_features: int
     up: nn.Linear
     structure: ClassVar[tuple[str, ...]] = ()
-    """Attributes that are no numbers, as text: a plan stores them, and loading hands them to the constructor."""
+    """Non-numeric attributes, as text: a plan stores them, and loading passes them to the constructor."""
 
     def hidden(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch rank"]:
         """What the last factor reads."""

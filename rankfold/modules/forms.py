@@ -22,7 +22,7 @@ from rankfold.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """One way to write the matrix of a layer in fewer numbers."""
+    """One way to represent the matrix of a layer with fewer numbers."""
 
     module: type[FactorizedLinear]
     """The layer. Loading makes it as `module(in_features, out_features, ranks, bias, device, dtype, **structure)`,
@@ -116,7 +116,7 @@ def factorized_module(factors: Factors, form: str = "low_rank", dtype: torch.dty
     entry = form_at(form)
     found = "two factors" if factors.core is None else "core"
     if entry.make is None or entry.takes != found:
-        raise InputError(f"The form {form!r} cannot be made from {found}: take {' or '.join(forms_for(found))}.")
+        raise InputError(f"The form {form!r} cannot be made from {found}: use {' or '.join(forms_for(found))}.")
     return entry.make(factors, dtype or factors.up.dtype)
 
 

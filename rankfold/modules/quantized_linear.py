@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class QuantizedLinear(nn.Module):
-    """`y = W x + b` with `W` stored in few bits, in buffers alone; each scheme says what `W` is."""
+    """`y = W x + b` with a quantized `W`, stored in buffers only; each scheme defines what `W` is."""
 
     in_features: int
     out_features: int
@@ -20,7 +20,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def structure(self) -> Any:
-        """What loading must know of this layer, beside the settings of its scheme, to make it empty: plain data."""
+        """What loading needs, besides the settings of the scheme, to construct this layer empty: plain data."""
         return None
 
     def dequantized(self) -> Float[Tensor, "out in"]:
@@ -34,12 +34,12 @@ class QuantizedLinear(nn.Module):
 
     @property
     def bits_per_weight(self) -> float:
-        """Average bits of a weight as stored, all statistics included."""
+        """Average stored bits per weight, including all statistics."""
         return 8 * self.stored_bytes / (self.out_features * self.in_features)
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """The matrix, in the dtype of the model; computed at every look."""
+        """The matrix, in the dtype of the model; recomputed on every access."""
         return self.dequantized().to(self.dtype)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:

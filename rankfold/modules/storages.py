@@ -14,10 +14,10 @@ from rankfold.registry import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer:
-    """One way to store the numbers of a linear layer in few bits, statistics and padding counted.
+    """One way to quantize the numbers of a linear layer, counting statistics and padding.
 
-    A quantizer of single layers has `quantize` and `module`, and is carried out block by block inside the walk; one
-    that a library of transformers' carries out has `by_library`.
+    A quantizer of single layers has `quantize` and `module`, and is applied block by block during the walk; one that
+    a library behind transformers applies has `by_library`.
     """
 
     settings: type[Any]
@@ -25,12 +25,12 @@ class Quantizer:
     bytes: Callable[[int, int, Any], int]
     """Bytes on disk of a matrix of (out, in) with some settings, its bias left out."""
     few: Callable[[Any], bool] = lambda settings: False
-    """Whether settings store so few bits that pivoted layers lose much (docs/lord.md)."""
+    """Whether settings store so few bits that pivoted layers lose a lot (docs/lord.md)."""
     quantize: Callable[[Tensor, Tensor | None, Tensor, Any], nn.Module] | None = None
-    """Weight (out, in), bias, second moment of the inputs (in, in) and settings to the layer that stands for them.
+    """Maps weight (out, in), bias, second moment of the inputs (in, in) and settings to the layer that replaces them.
 
-    Of a layer `weight` (out, in), `bias`, `to_dense()` and `structure` are asked: what loading must know beside the
-    settings to make it empty, as plain data.
+    A layer must have `weight` (out, in), `bias`, `to_dense()` and `structure`: what loading needs besides the
+    settings to construct it empty, as plain data.
     """
     module: type[nn.Module] | None = None
     """The layer. Loading makes it as `module(in_features, out_features, structure, bias, settings, device, dtype)`."""
@@ -38,7 +38,7 @@ class Quantizer:
     """`(source, settings, dtype=, device=)` to a quantized model and a summary of what was done to which layers."""
 
     def bits(self, shape: tuple[int, int], settings: Any) -> float:
-        """Bits a weight of a matrix (out, in), all that is stored counted."""
+        """Bits per weight of a matrix (out, in), counting everything that is stored."""
         return 8 * self.bytes(*shape, settings) / (shape[0] * shape[1])
 
 
@@ -86,6 +86,6 @@ def settings_for(scheme: str, given: Mapping[str, Any]) -> Any:
     if foreign:
         raise InputError(
             f"The scheme {scheme!r} has no setting {foreign[0]!r}: it has {', '.join(known) or 'none'}. Leave it out, "
-            "or take another scheme."
+            "or use another scheme."
         )
     return kind(**chosen)

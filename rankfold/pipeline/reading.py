@@ -67,7 +67,7 @@ def read_text(  # noqa: PLR0913
         facts |= {"sequences": len(windows), "tokens": windows.numel()}
     else:
         if tokenizer is None:
-            raise InputError("A text needs the tokenizer of its model, but got none: compress(model, tokenizer, ...).")
+            raise InputError("Text needs the tokenizer of the model, but got none: compress(model, tokenizer, ...).")
         windows, held, facts = calibration_windows(
             model, tokenizer, as_corpus(text, tokenizer), sequences=sequences,
             length=length or default_length(model.config), seed=seed, held_out=count,

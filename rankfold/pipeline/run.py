@@ -62,39 +62,39 @@ def compress(  # noqa: PLR0913
     The budget is one of `keep`, `bytes`, `max_loss_increase`, `rank` and `plan`; without any, `keep=0.8`.
 
     Args:
-        model: A transformers model, dense or compressed before.
-        tokenizer: Its tokenizer; needed where `text` is text, not tokens.
+        model: A transformers model, dense or already compressed.
+        tokenizer: Its tokenizer; needed if `text` is text, not tokens.
         keep: Fraction of the sites' parameters to keep, in (0, 1].
         bytes: Bytes of the whole model, such as `120_000_000` or `"120MB"`.
-        max_loss_increase: The smallest model whose loss on held-out text rises by no more, in nats per token.
+        max_loss_increase: Make the smallest model whose held-out loss increases by at most this, in nats per token.
         rank: One rank for all sites.
         plan: A plan whose forms and ranks are carried out as they are.
         text: What to calibrate on: a file, a data set name, a corpus, texts, or windows of token ids (windows,
             length), which are taken as they are.
-        sequences: Windows of the text.
-        length: Tokens of a window; without it 512, or what the model reads.
-        batch_size: Windows that pass the model at once.
-        sites: Patterns or kinds of sites, or sites; without them all linear layers of the blocks that read text.
+        sequences: Number of windows of the text.
+        length: Tokens per window; by default 512, or the model's limit if lower.
+        batch_size: Windows per forward pass.
+        sites: Patterns or kinds of sites, or sites; by default all linear layers of the blocks that read text.
         method: A key of `rankfold.factorization.METHODS`.
-        allocation: A key of `rankfold.allocation.ALLOCATIONS`; without it the one that suits method and budget.
-        form: A key of `rankfold.modules.FORMS`; without it the method's own.
-        multiple: Ranks are lowered to a multiple of this.
-        rounds: Rounds after the first in which statistics are measured again, for methods that are ordered.
-        drift: Share of the drift that is corrected, 0 to 1, for the same.
+        allocation: A key of `rankfold.allocation.ALLOCATIONS`; by default the one that suits method and budget.
+        form: A key of `rankfold.modules.FORMS`; by default the method's own.
+        multiple: Ranks are rounded down to a multiple of this.
+        rounds: Rounds after the first in which statistics are re-measured, for ordered methods.
+        drift: Share of the drift that is corrected, 0 to 1, for ordered methods.
         refine: Gradient steps on each block after its factorization.
         refine_toward: `predictions` of the model, or each `block`'s own output.
-        labels: `text` or `sampled`; without it those of the text where it holds them.
+        labels: `text` or `sampled`; by default those of the text, if it has any.
         nested: Write one larger model that `rankfold.compression.shrink` cuts to any budget; the budget is ignored.
-        seed: Seed of everything random.
+        seed: Random seed.
         stage: Opens a stage of work, for progress bars.
         work: Folder in which refined blocks are kept, so that an interrupted run resumes; the caller removes it.
 
     Returns:
-        The plan as it was carried out, which the model's configuration holds too.
+        The plan as it was carried out, also stored in the model's configuration.
 
     Raises:
-        ValueError: If the budget is not one or cannot be met, a name is unknown, there is no text, or something that
-            was read is not finite.
+        ValueError: If more than one budget is given or it cannot be met, a name is unknown, there is no text, or
+            something that was read is not finite.
     """
     if isinstance(tokenizer, Plan):
         raise InputError(
@@ -134,7 +134,7 @@ class _Compression:
         if settings.refine and (len(self.batches) < 2 or any(site.calls > 1 for site in sites)):
             raise InputError(
                 f"Refinement needs at least two batches of calibration text, but got {len(self.batches)}, and blocks "
-                "that a pass applies once. Raise `sequences`, or leave `refine` out."
+                "that each forward pass applies once. Raise `sequences`, or leave `refine` out."
             )
         self.dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
         use_eager_experts(model)
@@ -227,8 +227,8 @@ class _Compression:
                 plan = None
         if best is None:
             raise InputError(
-                f"No compression keeps the rise of the loss within {limit:g} nats per token: keep {high - low:.3f} "
-                "below the whole model still costs more. Raise `max_loss_increase`, or recover afterwards (rankfold "
+                f"No compression keeps the loss increase within {limit:g} nats per token: removing {high - low:.3f} "
+                "of the sites already costs more. Raise `max_loss_increase`, or recover afterwards (rankfold "
                 "recover)."
             )
         if plan is None or tried != best:
@@ -265,7 +265,8 @@ def _nest(model: Any, sites: Sequence[Site], settings: Settings, reading: Readin
     """Write a model, in place, as one for many budgets."""
     if settings.entry.ordered is None:
         raise InputError(
-            f"A nested model needs the factors of every rank at once, which {settings.method} does not give. Take kfac."
+            f"A nested model needs the factors of every rank at once, which {settings.method} does not "
+            "provide. Use kfac."
         )
     passes = len({site.block for site in sites}) + 1
     advance = stage("measuring inputs and gradients", 2 * passes * len(reading.batches))

@@ -57,7 +57,7 @@ class Settings:
         form_for(self.method, self.form)
         if self.rounds < 0 or not 0 <= self.drift <= 1 or self.multiple < 1 or self.refine < 0:
             raise InputError(
-                "`rounds` and `refine` are 0 or more, `drift` lies in [0, 1] and `multiple` is 1 or more, but got "
+                "`rounds` and `refine` must be >= 0, `drift` in [0, 1] and `multiple` >= 1, but got "
                 f"{self.rounds}, {self.refine}, {self.drift:g} and {self.multiple}."
             )
 
@@ -120,7 +120,7 @@ def _check_plan(plan: Plan, sites: Sequence[Site]) -> None:
     methods = {option.method for option in plan.factorized}
     if len(methods) != 1 or not methods <= set(METHODS):
         raise InputError(
-            f"A plan must be filled by one method of {', '.join(METHODS)}, but this one names "
+            f"A plan must use a single method of {', '.join(METHODS)}, but this one names "
             f"{', '.join(sorted(methods)) or 'none'}. Carry it out with rankfold.factorize(model, plan, ...)."
         )
     for option in plan.factorized:

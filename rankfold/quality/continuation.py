@@ -62,8 +62,8 @@ def choice_items(
             break
     if len(rows) < count:
         raise InputError(
-            f"The text gives {len(rows)} questions of {context} + {scored} tokens, but {count} were asked for. "
-            "Take a longer text, or ask for fewer."
+            f"The text gives {len(rows)} questions of {context} + {scored} tokens, but {count} were requested. "
+            "Use a longer text, or request fewer."
         )
     return ChoiceItems(torch.tensor(rows), scored)
 
@@ -146,6 +146,6 @@ def _losses(model: Any, batch: Tensor, scored: int) -> Tensor:
     if not bool(torch.isfinite(losses).all()):
         raise InputError(
             "The likelihood of a continuation must be a number, but the model gives NaN or infinity. Load a "
-            "float16 model with `dtype` bfloat16; if it stays, the weights are damaged."
+            "float16 model with `dtype` bfloat16; if it persists, the weights are damaged."
         )
     return losses.reshape(batch.shape[:2])

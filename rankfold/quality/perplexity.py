@@ -102,7 +102,7 @@ def _logits(model: Any, ids: Int[Tensor, "batch length"], number: int) -> Float[
     if not bool(torch.isfinite(logits).all()):
         raise InputError(
             f"Logits must be finite, but batch {number} of the evaluation gives NaN or infinity. Load a float16 model "
-            "with `dtype` bfloat16 or float32; if it stays, the model is broken and has no perplexity."
+            "with `dtype` bfloat16 or float32; if it persists, the model is broken and has no perplexity."
         )
     return logits
 

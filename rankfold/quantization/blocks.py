@@ -38,11 +38,11 @@ def quantize_blocks(
     *,
     on_step: Step = no_step,
 ) -> dict[str, float]:
-    """Store the linear layers of all blocks, dense ones and factors, in few bits, in place.
+    """Quantize the linear layers of all blocks, dense layers and factors alike, in place.
 
-    The second factor of a pair is fitted anew to what rounding made of the first, before it is rounded itself.
+    The second factor of a pair is refitted to the rounded first one before it is rounded itself.
 
-    A layer stays as it is where few bits would not make it smaller.
+    A layer is left unchanged if quantization would not make it smaller.
 
     Args:
         model: A transformers model, dense or factorized.
@@ -52,17 +52,17 @@ def quantize_blocks(
         on_step: Called after each layer.
 
     Returns:
-        Average bits of a weight, by the path of the layer.
+        Average bits per weight, by the path of the layer.
 
     Raises:
-        ValueError: If the scheme is none of layers, the model is quantized already or has no linear layer in its
-            blocks, or a value is not finite.
+        ValueError: If the scheme does not quantize layers, the model is already quantized or has no linear layer in
+            its blocks, or a value is not finite.
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise InputError("The model is already quantized. Quantize the checkpoint that it was made from.")
     entry = quantizer_at(scheme)
     if entry.quantize is None:
-        raise InputError(f"The scheme {scheme!r} is carried out by a library while a model is loaded, not by blocks.")
+        raise InputError(f"The scheme {scheme!r} is applied by a library while the model loads, not block by block.")
     settings = entry.settings() if settings is None else settings
     training = model.training
     model.eval()
@@ -77,7 +77,7 @@ def quantize_blocks(
                     bits[path], kept[path] = layer.bits_per_weight, layer.structure
                 on_step()
     if not bits:
-        raise InputError(f"{type(model).__name__}: no linear layer in the blocks of the model gets smaller by this.")
+        raise InputError(f"{type(model).__name__}: quantization makes no linear layer in the model's blocks smaller.")
     if not hasattr(model.config, "rankfold"):
         adopt(model, Plan(options=(), method="", versions=versions()))
     stored = {"scheme": scheme, "settings": asdict(settings), "modules": kept}

@@ -38,9 +38,9 @@ class Summary(NamedTuple):
 def quantize_by_library(
     source: str | Path, scheme: str, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
 ) -> tuple[Any, Summary]:
-    """A model, dense or factorized, its linear layers stored in 8 or 4 bits (arXiv:2208.07339, 2305.14314).
+    """Quantize the linear layers of a model, dense or factorized, to 8 or 4 bits (arXiv:2208.07339, 2305.14314).
 
-    Every layer is then given random inputs and compared with what it was; those that fail stay in 16 bits.
+    Every layer is then compared with the original on random inputs; those that fail stay in 16 bits.
 
     Args:
         source: A model folder or the name of a model on the hub.
@@ -76,7 +76,7 @@ def quantize_by_library(
                 break
             failed += wrong
     if not layers or wrong:
-        raise InputError(f"{source}: bitsandbytes quantizes no layer of this model correctly here; see its {scheme}.")
+        raise InputError(f"{source}: bitsandbytes quantizes no layer of this model correctly here ({scheme}).")
     return made.eval(), Summary(tuple(layers), tuple(failed), padded)
 
 

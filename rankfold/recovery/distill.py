@@ -48,12 +48,12 @@ def recover(  # noqa: PLR0913
     seed: int = 0,
     on_step: Step = no_step,
 ) -> Recovered:
-    """Train a compressed causal language model, in place, and keep what did best on held-out text.
+    """Train a compressed causal language model, in place, and keep the state that does best on held-out text.
 
-    A model whose weights are in few bits trains adapters only (QLoRA, arXiv:2305.14314); they are not merged, and
-    `result.adapters` holds the model with them, to be saved on its own.
+    A quantized model trains adapters only (QLoRA, arXiv:2305.14314); they are not merged, and `result.adapters` holds
+    the model with them, to be saved separately.
 
-    With `kl` every token's distribution is drawn to the dense teacher's (Hinton et al. 2015, arXiv:1503.02531);
+    With `kl` every token's distribution is pulled towards the dense teacher's (Hinton et al. 2015, arXiv:1503.02531);
     with `next-token` no teacher is needed. The Hugging Face Trainer does the work: an interrupted run resumes from its
     last checkpoint in `work`, and it stops early when held-out text has not improved for three evaluations.
 
@@ -61,20 +61,20 @@ def recover(  # noqa: PLR0913
         model: The compressed model.
         teacher: The dense model, or `None` for `next-token`.
         batches: Token ids to train on (windows, length), or batches with `input_ids` of one length.
-        held_out: Token ids to decide on; without it the last tenth of the windows is kept apart.
+        held_out: Token ids for validation; by default the last tenth of the windows is held out.
         work: Folder of the trainer's checkpoints, from which an interrupted run resumes; the caller removes it.
-            Without it they lie in a temporary folder.
+            By default a temporary folder.
         objective: What is minimized.
-        steps: Optimizer steps at most.
-        batch_size: Windows a step.
-        rate: Learning rate; without it one that suits the width of the model.
+        steps: Maximum number of optimizer steps.
+        batch_size: Windows per step.
+        rate: Learning rate; by default chosen from the width of the model.
         lora_rank: Trains LoRA adapters of this rank instead of all parameters, and merges them where they can be.
         seed: Seed of the order of windows.
         on_step: Called after each step.
 
     Raises:
         ValueError: If the objective is unknown, the teacher is missing, the two vocabularies differ, or the weights
-            are in few bits and no adapters were asked for.
+            are quantized and no adapters were requested.
     """
     if work is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -173,7 +173,7 @@ def _windows(batches: Tensor | Sequence[Mapping[str, Tensor]], held_out: Tensor 
     if held_out is not None:
         return windows, held_out
     if len(windows) < 2:
-        raise InputError(f"Recovery needs windows to train on and to decide on, but got {len(windows)} in all.")
+        raise InputError(f"Recovery needs windows for training and for validation, but got {len(windows)} in all.")
     cut = max(1, len(windows) // 10)
     return windows[:-cut], windows[-cut:]
 
@@ -189,7 +189,7 @@ def _with_adapters(model: Any, rank: int) -> Any:
     except ImportError as error:
         raise InputError("Training adapters needs PEFT: pip install 'rankfold[recovery]'") from error
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise InputError("PEFT trains no adapters over SpQR's layers: quantize with `scheme` nf4 or int8 for that.")
+        raise InputError("PEFT cannot train adapters over SpQR layers: quantize with `scheme` nf4 or int8 for that.")
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0))

@@ -50,7 +50,7 @@ def recovery_windows(  # noqa: PLR0913
     if not texts:
         raise InputError("Recovery needs a text to train on, but got none.")
     if GENERATED in texts and teacher is None:
-        raise InputError("Generated text is the dense model's: pass `dense`.")
+        raise InputError("Generated text comes from the dense model: pass `dense`.")
     each = -(-count // len(texts))
     windows, held_out = [], []
     for name in dict.fromkeys(texts):

@@ -41,7 +41,7 @@ def read_records(files: Sequence[Path]) -> list[Record]:
                     raise InputError(f"{record.name} is not finite")
             except (ValueError, TypeError) as error:
                 raise InputError(
-                    f"{file}, line {number}: this is no record that this rankfold knows ({error}). If a newer one "
+                    f"{file}, line {number}: not a record that this rankfold knows ({error}). If a newer version "
                     "wrote it, install that: pip install --upgrade rankfold"
                 ) from error
             records.append(replace(record, context={**record.context, "file": file.stem}))
@@ -88,10 +88,10 @@ def report(
     title: str = "Rankfold report",
     plan: Plan | None = None,
 ) -> Path:
-    """One self-contained page of records, which opens offline.
+    """Make one self-contained page from records, which opens offline.
 
     Args:
-        records: Of any verb, of one model or of several.
+        records: From any verb, of one model or of several.
         path: The file, `.html`.
         title: Title of the page.
         plan: The plan that was chosen, if any.

@@ -42,7 +42,7 @@ def circumstances(records: Sequence[Record], plan: Plan | None) -> Iterator[Sect
     contended = sum(bool(record.context.get("contended")) for record in records)
     text = [f"{len(records)} records."]
     if contended:
-        text.append(f"{contended} of them were timed while other work slowed the machine down: repeat these.")
+        text.append(f"{contended} of them were timed while other processes slowed the machine down: repeat these.")
     yield Section(name="run", title="What was run", text=text, tables=[("", ["what", "value"], rows)])
 
 
@@ -51,7 +51,7 @@ def signs(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
     found = [record for record in records if record.name == "failure sign"]
     if found:
         text = [f"Warning: {label(record)}: {record.context['text']}." for record in found]
-        yield Section(name="signs", title="Look here", text=text)
+        yield Section(name="signs", title="Warnings", text=text)
 
 
 def roofline(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
@@ -79,7 +79,7 @@ def roofline(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
                 "y": [r.context["flops"] / float(r.value or 1) / 1e9 for r in chosen],
                 "text": [f"{r.subject}, {r.context['tokens']} token(s)" for r in chosen],
                 "marker": {"color": COLOURS[number], "symbol": MARKS[number], "size": 9},
-                "hovertemplate": "%{text}<br>%{y:.3g} GFLOP/s at %{x:.2f} FLOPs a byte<extra></extra>",
+                "hovertemplate": "%{text}<br>%{y:.3g} GFLOP/s at %{x:.2f} FLOPs/byte<extra></extra>",
             }
         )  # fmt: skip
     rows = [
@@ -92,15 +92,15 @@ def roofline(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
         caption=f"Roofline: {bandwidth / 1e9:.1f} GB/s and {arithmetic / 1e9:.0f} GFLOP/s measured, dots are layers.",
         data=traces,
         layout={
-            "xaxis": {"title": {"text": "FLOPs a byte"}, "type": "log"},
+            "xaxis": {"title": {"text": "FLOPs/byte"}, "type": "log"},
             "yaxis": {"title": {"text": "GFLOP/s"}, "type": "log"},
         },
-        header=["layer", "tokens", "FLOPs a byte", "predicted, µs", "measured, µs", "ratio"],
+        header=["layer", "tokens", "FLOPs/byte", "predicted, µs", "measured, µs", "ratio"],
         rows=rows,
     )
     text = []
     if peaks.get("compute_to_model_size"):
-        text.append(f"Compute to model size: {peaks['compute_to_model_size']:.2f} FLOPs a byte of weights in decoding.")
+        text.append(f"Compute to model size: {peaks['compute_to_model_size']:.2f} FLOPs/byte of weights in decoding.")
     yield Section(name="roofline", title="Roofline", text=text, figures=[figure])
 
 
@@ -166,7 +166,7 @@ def chosen_plan(records: Sequence[Record], plan: Plan | None) -> Iterator[Sectio
     ]  # fmt: skip
     text = [f"{len(plan.factorized)} of {len(plan.options)} sites are decomposed, {plan.parameters:,} parameters kept."]
     if plan.predicted_loss is not None:
-        text.append(f"Predicted rise of the loss: {plan.predicted_loss:.4f} nat/token.")
+        text.append(f"Predicted increase in loss: {plan.predicted_loss:.4f} nat/token.")
     header = ["site", "form", "ranks", "parameters", "predicted rise"]
     yield Section(name="plan", title="The chosen plan", text=text, tables=[("", header, rows)])
 
@@ -190,7 +190,7 @@ def everything(records: Sequence[Record], plan: Plan | None) -> Iterator[Section
 def repeat(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
     """How to do it again."""
     versions: Mapping[str, str] = next((r.context["versions"] for r in records if "versions" in r.context), {})
-    lines = ["# the versions that these numbers are of"]
+    lines = ["# the versions that produced these numbers"]
     pins = " ".join(f"{name}=={value.split('+')[0]}" for name, value in versions.items() if name != "python")
     lines.append(f"pip install {pins}")
     models = list(dict.fromkeys(filter(None, map(model_name, _dense_first(records))))) or ["MODEL"]

@@ -29,10 +29,10 @@ def find_sites(model: Any, inputs: Mapping[str, Tensor] | None = None) -> Sites:
 
     Args:
         model: A transformers model, with or without weights.
-        inputs: Keyword arguments of one forward call, for models that read something else than token ids.
+        inputs: Keyword arguments of one forward call, for models that read something other than token ids.
 
     Returns:
-        Sites in the order of the model's modules; the matrices that are none, each with the reason.
+        Sites in the order of the model's modules; and the matrices that are not sites, each with the reason.
 
     Raises:
         ValueError: If the model reads no token ids and `inputs` is not given, or if a model on the meta device

@@ -43,13 +43,13 @@ class Site:
     kind: str
     """Path within the block, indices as `*`: the tensor kind that all blocks have in common."""
     reads: str
-    """Name of the first site that reads the same input; its own name where nobody shares."""
+    """Name of the first site that reads the same input; its own name if none shares it."""
     parts: tuple[Part, ...] = ()
     """What is fused into the matrix, where that is known."""
     calls: int = 1
     """How often one forward pass calls the layer: more than once where blocks share their weights."""
     reads_text: bool = True
-    """Whether what the layer reads depends on text; layers that look at images or listen do not."""
+    """Whether what the layer reads depends on text; layers that process images or audio do not."""
 
     @property
     def parameters(self) -> int:

@@ -131,8 +131,8 @@ def _silence(model: Any, name: str) -> Tensor:
         model._silence = sound.cpu()
         return sound
     raise InputError(
-        f"{type(model).__name__} must be given sound of a shape that is not known here ({problem}), so text alone "
-        "cannot run it. Pass an example of its arguments as inputs=."
+        f"{type(model).__name__} needs audio of a shape that is not known here ({problem}), so text alone cannot "
+        "run it. Pass an example of its arguments as inputs=."
     ) from problem
 
 

@@ -110,7 +110,7 @@ def test_conversations_go_through_the_chat_template(bundled: Path, tmp_path: Pat
         ("number.jsonl", b"5\n", "line 1: a row must be a text or an object with text.*but is '5'"),
         ("chat.jsonl", b'{"messages": ["hi"]}\n', r"line 1: a row must have text.*messages"),
         ("half.jsonl", b'{"text": "ok"}\n{"text": "a\\ud800"}\n', "line 2: text must be valid Unicode.*character 2"),
-        ("damaged.parquet", b"no parquet", "this is no Parquet file that can be read|needs an extra"),
+        ("damaged.parquet", b"no parquet", "not a readable Parquet file|needs an extra"),
         ("damaged.jsonl.gz", b"no gzip", "the file cannot be read .* Copy or compress it again"),
         ("damaged.jsonl.xz", b"no xz", "the file cannot be read .* Copy or compress it again"),
         ("binary.txt", b"\xff\xfe\x00\x01", "must be UTF-8 text, but byte 0 is not"),

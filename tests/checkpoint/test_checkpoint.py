@@ -201,7 +201,7 @@ def test_a_truncated_shard_is_an_error(folder: Path) -> None:
 
 
 def test_a_missing_tokenizer_is_an_error(folder: Path) -> None:
-    with pytest.raises(ValueError, match="no tokenizer lies beside the model"):
+    with pytest.raises(ValueError, match="there is no tokenizer beside the model"):
         load_tokenizer(folder)
 
 

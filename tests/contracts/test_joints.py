@@ -76,9 +76,9 @@ def test_a_method_with_gradients_that_is_not_ordered_factorizes_once(monkeypatch
     assert plan.predicted_loss is not None
     sites = rankfold.find_sites(tiny.build("llama")).select()
     assert plan.parameters <= 0.6 * sum(site.parameters for site in sites)
-    with pytest.raises(ValueError, match="the factors of every rank at once, which once does not give"):
+    with pytest.raises(ValueError, match="the factors of every rank at once, which once does not provide"):
         rankfold.compress(tiny.build("llama"), method="once", nested=True, text=windows())
-    with pytest.raises(ValueError, match="the factors of every rank at once, which once does not give"):
+    with pytest.raises(ValueError, match="the factors of every rank at once, which once does not provide"):
         nest(model, [], {}, "once")
 
 

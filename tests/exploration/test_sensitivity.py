@@ -89,7 +89,7 @@ def test_records_of_another_study_are_refused(subject: Subject, tmp_path: Path) 
     with pytest.raises(ValueError, match="another study"):
         subject.run(trials, tmp_path / "study.jsonl", study="other")
     (tmp_path / "other.jsonl").write_text('{"x": 1}\n')
-    with pytest.raises(ValueError, match="no records of a study"):
+    with pytest.raises(ValueError, match="not the records of a study"):
         subject.run(trials, tmp_path / "other.jsonl")
 
 

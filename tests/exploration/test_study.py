@@ -152,15 +152,15 @@ def test_bad_studies_say_what_to_do(bundled: Path, tmp_path: Path, explored: Any
     with pytest.raises(ValueError, match=r"cannot be reached .*Start it, or correct the address") as caught:
         open_study("postgresql://me:secret@127.0.0.1:1/none", "s", facts, ["quality"])
     assert "secret" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"a study lies in a database such as sqlite:///study\.db"):
+    with pytest.raises(ValueError, match=r"a study is stored in a database such as sqlite:///study\.db"):
         open_study("study.db", "s", facts, ["quality"])
     (tmp_path / "text.db").write_text("no database " * 100)
-    with pytest.raises(ValueError, match=r"this is no database .*Name a file that rankfold explore made"):
+    with pytest.raises(ValueError, match=r"not a database .*Name a file that rankfold explore made"):
         open_study(f"sqlite:///{tmp_path}/text.db", "s", facts, ["quality"])
     with pytest.raises(ValueError, match="different objectives of quality"):
         open_study(sqlite(tmp_path), "s", facts, ["speed"])
     open_study(sqlite(tmp_path), "s", facts, ["quality"])
-    with pytest.raises(ValueError, match="one of another model, text, space or objectives"):
+    with pytest.raises(ValueError, match="belongs to another model, text, space or objectives"):
         open_study(sqlite(tmp_path), "s", {**facts, "fingerprint": "b"}, ["quality"])
     open_study(sqlite(tmp_path), "s", facts, ["quality"]).set_user_attr("study_version", 99)
     with pytest.raises(ValueError, match="made by a newer rankfold"):

@@ -241,7 +241,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         local_files("chess", tmp_path)
     with pytest.raises(ValueError, match="no benchmark is recognized"):
         convert_data(_empty(tmp_path), tmp_path / "out")
-    with pytest.raises(ValueError, match="there is none of this name"):
+    with pytest.raises(ValueError, match="there is no such folder"):
         convert_data(tmp_path / "nowhere", tmp_path / "out")
 
 

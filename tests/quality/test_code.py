@@ -106,7 +106,7 @@ def test_both_layouts_are_read(tmp_path: Path) -> None:
         ("[1, 2]\n", "must have HumanEval's fields"),
         (
             json.dumps(HUMANEVAL) + "\n" + json.dumps(HUMANEVAL) + "\n",
-            "line 2: the task T/0 stands here for the second",
+            "line 2: the task T/0 appears here for the second",
         ),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_file_of_something_else_is_not_gone_on_with(model, tasks: list[Task], 
 
 
 def test_greedy_samples_are_asked_for_once(model, tasks: list[Task], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="give a temperature"):
+    with pytest.raises(ValueError, match="set a temperature"):
         complete_tasks(*model, tasks, tmp_path / "x.jsonl", samples=2, sampling=Sampling())
 
 
@@ -245,7 +245,7 @@ def test_a_trained_model_finds_more_than_chance_in_code_and_in_stories(model) ->
 def test_too_little_text_says_so(model) -> None:
     with pytest.raises(ValueError, match="gives 0 questions"):
         choice_items(model[1], ["x = 1\n"], count=3)
-    with pytest.raises(ValueError, match="lines that can be asked for"):
+    with pytest.raises(ValueError, match="lines that can be predicted"):
         choose_lines(["x = 1\n"], 3)
 
 

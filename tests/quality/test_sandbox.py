@@ -197,7 +197,7 @@ def test_what_is_reachable_is_said() -> None:
 
 
 def test_without_any_protection_nothing_runs() -> None:
-    with pytest.raises(ValueError, match="No sandbox runs here"):
+    with pytest.raises(ValueError, match="No sandbox works here"):
         strongest_protection([Protection("none", False, False, False, lambda folder, limits: ["no-such-program"])])
 
 

@@ -240,7 +240,7 @@ def test_a_checkpoint_without_its_scales_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "out" / "model.safetensors"
     tensors = {name: part for name, part in load_file(file).items() if not name.endswith("q_proj.scale_codes")}
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"scale_codes.*take a whole checkpoint"):
+    with pytest.raises(ValueError, match=r"scale_codes.*use a complete checkpoint"):
         load_model(tmp_path / "out")
 
 

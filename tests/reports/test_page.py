@@ -105,7 +105,7 @@ def test_every_section_is_drawn_without_a_complaint(browser: Any, page: Path) ->
     tab, complaints = opened(browser, page)
     titles = tab.locator("h2").all_text_contents()
     assert titles == [
-        "What was run", "Look here", "Quality against cost", "Benchmarks", "The chosen plan", "Blocks and tensors",
+        "What was run", "Warnings", "Quality against cost", "Benchmarks", "The chosen plan", "Blocks and tensors",
         "What a rank costs", "Spectra", "Roofline", "All numbers", "How to repeat it",
     ]  # fmt: skip
     plots = tab.locator(".plot").count()
@@ -192,11 +192,11 @@ def test_bad_records_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one record"):
         read_records([file])
     file.write_text(json.dumps({"subject": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"line 1: this is no record"):
+    with pytest.raises(ValueError, match=r"line 1: not a record"):
         read_records([file])
     newer = {"subject": "x", "name": "y", "value": 1, "unit": "1", "error": None, "context": {}, "quantile": 0.5}
     file.write_text(json.dumps(newer) + "\n")
-    with pytest.raises(ValueError, match="If a newer one wrote it"):
+    with pytest.raises(ValueError, match="If a newer version wrote it"):
         read_records([file])
     with pytest.raises(ValueError, match=r"must be named \.html"):
         write_page(everything(), tmp_path / "report.pdf")

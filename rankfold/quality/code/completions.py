@@ -57,7 +57,7 @@ def complete_tasks(  # noqa: PLR0913
         ValueError: If more than one greedy answer is asked for, or the model does not generate.
     """
     if samples > 1 and not sampling.temperature:
-        raise InputError(f"Greedy answers are all alike: give a temperature to draw {samples} samples of each task.")
+        raise InputError(f"Greedy completions are all identical: set a temperature to draw {samples} samples per task.")
     room = prompt_room(model, sampling)
     lengths = {task.name: len(prompt_ids(tokenizer, task.prompt.rstrip(), room)) for task in tasks}
     wanted = [(task, sample) for task in sorted(tasks, key=lambda t: lengths[t.name]) for sample in range(samples)]

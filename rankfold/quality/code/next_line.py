@@ -39,7 +39,7 @@ def choose_lines(texts: Sequence[str], count: int, seed: int = 0) -> list[Line]:
                 found.append((text, place, line))
             place += len(whole)
     if len(found) < count:
-        raise InputError(f"The text has {len(found)} lines that can be asked for, but {count} were asked for.")
+        raise InputError(f"The text has {len(found)} lines that can be predicted, but {count} were requested.")
     return [Line(text[:place], line) for text, place, line in random.Random(seed).sample(found, count)]
 
 

@@ -334,7 +334,7 @@ def strongest_protection(among: Sequence[Protection] = PROTECTIONS) -> Protectio
         if _tried[protection].passed:
             return protection
         failures.append(f"{protection.name}: {_tried[protection].detail}")
-    raise InputError(f"No sandbox runs here, so no generated program may: {'; '.join(failures)}")
+    raise InputError(f"No sandbox works here, so generated programs are not run: {'; '.join(failures)}")
 
 
 _tried: dict[Protection, Execution] = {}

@@ -71,13 +71,13 @@ def load_tasks(source: str | Path) -> list[Task]:
     """
     path = Path(source)
     if not path.is_file() and path.suffix in (".jsonl", ".json", ".gz", ".xz"):
-        raise InputError(f"{source}: no such file. Programming tasks are read from one such as HumanEval.jsonl.gz.")
+        raise InputError(f"{source}: no such file. Programming tasks are read from a file such as HumanEval.jsonl.gz.")
     rows = _rows(path) if path.is_file() else _numbered(dataset_rows(str(source), split="test"), str(source))
     tasks: dict[str, Task] = {}
     for where, row in rows:
         task = _task(row, where)
         if task.name in tasks:
-            raise InputError(f"{where}: the task {task.name} stands here for the second time.")
+            raise InputError(f"{where}: the task {task.name} appears here for the second time.")
         tasks[task.name] = task
     if not tasks:
         raise InputError(f"{source}: a file of programming tasks must hold at least one, but this one is empty.")
@@ -96,7 +96,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
-        raise InputError(f"{path}: no whole text file in UTF-8 ({error}). Copy it again.") from error
+        raise InputError(f"{path}: not a complete UTF-8 text file ({error}). Copy it again.") from error
 
 
 def _parsed(line: str, where: str) -> Any:
