@@ -65,9 +65,9 @@ def text_arguments(model: Any, ids: Int[Tensor, "batch length"]) -> dict[str, Te
     """
     if listens(model):
         name = next(name for name in _AUDIO if name in _parameters(model))
-        return {name: _expanded(_silence(model, name), ids), "decoder_input_ids": ids}
+        return {name: _expanded(name, _silence(model, name), ids), "decoder_input_ids": ids}
     blank = _blank(model)
-    arguments = {name: _expanded(part, ids) for name, part in blank.items()}
+    arguments = {name: _expanded(name, part, ids) for name, part in blank.items()}
     if not model.config.is_encoder_decoder:
         return {"input_ids": ids, **arguments}
     return {**({} if _sees(blank) else {"input_ids": ids}), "decoder_input_ids": ids, **arguments}
@@ -78,15 +78,15 @@ def _sees(blank: Mapping[str, Tensor]) -> bool:
     return any(name in _IMAGES for name in blank)
 
 
-def _expanded(part: Tensor, ids: Tensor) -> Tensor:
+def _expanded(name: str, part: Tensor, ids: Tensor) -> Tensor:
     """The same for every row of token ids, and for every token what `_PER_TOKEN` gave."""
-    size = part.shape[1:] if part.is_floating_point() else (ids.shape[1], *part.shape[2:])
+    size = (ids.shape[1], *part.shape[2:]) if name in _PER_TOKEN else part.shape[1:]
     return part.to(ids.device).expand(len(ids), *size)
 
 
 _PER_TOKEN = {
     "image_attention_mask": torch.ones(1, 1, 1, dtype=torch.long),
-    "bbox": torch.zeros(1, 1, 4, dtype=torch.long),
+    "bbox": torch.zeros(1, 1, 4),
 }
 """What some models ask of every token: which images it sees (Idefics), where it stands on its page (UDOP)."""
 
@@ -167,7 +167,7 @@ def _runs(model: Any, beside: Mapping[str, Tensor]) -> bool:
     training = model.training
     try:
         with torch.no_grad():
-            model.eval()(**read, **{name: _expanded(part, ids) for name, part in beside.items()})
+            model.eval()(**read, **{name: _expanded(name, part, ids) for name, part in beside.items()})
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
         return False
     finally:
