@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,10 @@ def _mxfp4() -> Any:
 def _compressed_tensors() -> Any:
     from transformers import CompressedTensorsConfig
 
-    return CompressedTensorsConfig(run_compressed=False)  # type: ignore[no-untyped-call]
+    # Newer versions call it by the name that the other schemes have.
+    known = inspect.signature(CompressedTensorsConfig).parameters
+    setting: dict[str, Any] = {"dequantize": True} if "dequantize" in known else {"run_compressed": False}
+    return CompressedTensorsConfig(**setting)  # type: ignore[no-untyped-call]
 
 
 DEQUANTIZED: dict[str, Callable[[], Any] | None] = {

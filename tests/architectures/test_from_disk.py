@@ -15,7 +15,7 @@ from commands import run
 from tiny_models import pairs, tiny_config, tiny_model
 from transformers import AutoConfig
 
-from rankfold import allocate, factorize, find_sites
+from rankfold import allocate, compress, factorize, find_sites, load
 from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save, written
 from rankfold.checkpoint.written import check_written
 from rankfold.errors import InputError
@@ -153,6 +153,33 @@ def test_small_files_travel_along_and_the_card_says_so(tmp_path: Path) -> None:
     assert "> This checkpoint was compressed with rankfold" in card
     assert json.loads((out / "config.json").read_text())["model_type"] == "rankfold-llama"
     assert AutoConfig.from_pretrained(out).model_type == "rankfold-llama"
+
+
+@pytest.mark.parametrize("model_type", ["llava", "whisper"])
+def test_a_compressed_model_loads_with_its_processor(model_type: str, bundled: Path, tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="needs pillow")
+    tokenizer = load_tokenizer(bundled)
+    if model_type == "llava":
+        auto, images = transformers.AutoModelForImageTextToText, transformers.CLIPImageProcessor()
+        processor = transformers.LlavaProcessor(
+            images, tokenizer, patch_size=8, vision_feature_select_strategy="default"
+        )
+    else:
+        if transformers.__version__.startswith("4."):
+            pytest.skip("transformers 4 takes no other tokenizer than Whisper's for its processor")
+        auto = transformers.AutoModelForSpeechSeq2Seq
+        processor = transformers.WhisperProcessor(transformers.WhisperFeatureExtractor(feature_size=16), tokenizer)
+    config = tiny_config(model_type)
+    config.get_text_config().vocab_size = len(tokenizer)
+    source = tmp_path / "source"
+    auto.from_config(config).save_pretrained(source)
+    processor.save_pretrained(source)
+    model, _ = load(source)
+    compress(model, keep=0.6, method="svd")
+    save(model, tokenizer, tmp_path / "out", source=source)
+    again = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    assert type(again) is type(processor)
+    assert again(text="hello")["input_ids"] == processor(text="hello")["input_ids"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,78 @@ def test_weights_of_bitsandbytes_become_dense(scheme: str, tmp_path: Path) -> No
     assert not hasattr(again.config, "quantization_config")
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+def compressed_again(model: Any, folder: Path) -> None:
+    """What was made dense is compressed, written and loaded like any other model."""
+    factorize(model, allocate(find_sites(model).select(), keep=0.6, method="svd"))
+    save(model, None, folder)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(folder)(IDS).logits, model(IDS).logits)
+
+
+def test_compressed_tensors_become_dense(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
+    model, folder = llama(), tmp_path / "few"
+    model.save_pretrained(folder)
+    stored, expected = {}, {}
+    for name, part in model.state_dict().items():
+        stored[name] = part.clone()
+        if name.endswith("proj.weight"):
+            scale = part.abs().amax(1, keepdim=True) / 127
+            stored[name], stored[f"{name}_scale"] = (part / scale).round().to(torch.int8), scale
+            expected[name] = stored[name].float() * scale
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    quantized(folder, {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    })  # fmt: skip
+    found = load_model(folder, dense=True)
+    assert found.few_bits == "compressed-tensors"
+    for name, part in expected.items():
+        torch.testing.assert_close(found.state_dict()[name], part)
+    compressed_again(found, tmp_path / "out")
+
+
+def test_four_bit_floats_become_dense(tmp_path: Path) -> None:
+    """MXFP4, as gpt-oss stores its experts: blocks of 32 numbers of 4 bits that share a power of two."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    model, folder = GptOssForCausalLM(config).to(torch.bfloat16), tmp_path / "few"
+    model.save_pretrained(folder)
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    levels = torch.cat([levels, -levels])
+    stored, expected = {}, {}
+    for name, part in model.state_dict().items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            stored[name] = part.clone()
+            continue
+        experts, into, out = part.shape
+        blocks = torch.randint(0, 256, (experts, out, into // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 122, (experts, out, into // 32), dtype=torch.uint8)
+        stored[f"{name}_blocks"], stored[f"{name}_scales"] = blocks, scales
+        pairs = torch.stack([levels[(blocks & 15).long()], levels[(blocks >> 4).long()]], -1).flatten(-2)
+        expected[name] = (pairs * torch.exp2(scales.float() - 127)[..., None]).flatten(-2).transpose(1, 2)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    quantized(folder, {"quant_method": "mxfp4", "modules_to_not_convert": left})
+    found = load_model(folder, dense=True)
+    assert found.few_bits == "mxfp4"
+    for name, part in expected.items():
+        torch.testing.assert_close(found.state_dict()[name].float(), part)
+    compressed_again(found, tmp_path / "out")
+
+
+def quantized(folder: Path, settings: dict[str, Any]) -> None:
+    """Let a configuration say how the weights beside it are stored."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": settings}))
 
 
 @pytest.mark.parametrize("scheme", ["gptq", "awq", "bitnet", "aqlm", "spqr"])
