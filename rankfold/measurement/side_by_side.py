@@ -97,7 +97,7 @@ def measure(  # noqa: PLR0913
         device = str(next(next(iter(chosen.values())).parameters()).device)
         records += task.cost(batches, prompt, meter or open_meter(device))
     quantized = [name for name, measured in chosen.items() if is_quantized(measured)]
-    for sign in warning_signs(records, quantized=quantized):
+    for sign in warning_signs(records, dense=next(iter(chosen)), quantized=quantized):
         records.append(here.record(sign.subject, "failure sign", None, sign=sign.name, text=sign.text))
     return records
 

@@ -270,9 +270,11 @@ def _nest(model: Any, sites: Sequence[Site], settings: Settings, reading: Readin
         )
     passes = len({site.block for site in sites}) + 1
     advance = stage("measuring inputs and gradients", 2 * passes * len(reading.batches))
-    loss = summed_loss(model, settings.labels or usual_labels(model, reading.batches), settings.seed)
+    labels = settings.labels or usual_labels(model, reading.batches)
+    loss = summed_loss(model, labels, settings.seed)
     statistics = calibrate(model, sites, reading.batches, method=settings.method, loss=loss, on_step=advance)
-    return nest(model, sites, statistics, settings.method)
+    plan = nest(model, sites, statistics, settings.method)
+    return note(model, plan, {**reading.facts, "labels": labels, "seed": settings.seed})
 
 
 def _teacher(model: Any, shared: Iterable[nn.Module]) -> Any:
