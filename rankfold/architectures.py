@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ class _FactorizedModel(Factorized):
         config: Any = self.config  # type: ignore[attr-defined]
         config.auto_map = _auto_map(stock_class(type(config)))
         result = super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        (Path(save_directory) / CODE_FILE).write_text(modeling_code(stock_class(type(config))))
+        (Path(save_directory) / CODE_FILE).write_text(
+            modeling_code(stock_class(type(config)), getattr(config, "rankfold", None))
+        )
         return result
 
 
@@ -267,17 +270,19 @@ def _auto_map(stock: type[PretrainedConfig]) -> dict[str, str]:
     return {"AutoConfig": f"{module}.Rankfold{stock.__name__}", **models}
 
 
-def modeling_code(stock: type[PretrainedConfig]) -> str:
+def modeling_code(stock: type[PretrainedConfig], plan: Mapping[str, Any] | None = None) -> str:
     """A module that defines our classes for one architecture with nothing but torch and transformers.
 
-    The code of the modules is this package's own, its imports of itself taken out.
+    The code of the modules is this package's own, its imports of itself taken out. Layers that other packages offer
+    are written out where the plan names them.
     """
     models = list(dict.fromkeys(stock_models(stock).values()))
     names = ", ".join(sorted([stock.__name__, *(model.__name__ for model in models)]))
     *sources, last = (
         _definitions(name) for name in ("rankfold.errors", *(f"rankfold.modules.{n}" for n in _MODULE_FILES))
     )
-    sources += [*_foreign_sources(), _tables(), last]
+    layers = _layers(plan or {})
+    sources += [*_foreign_sources(layers), _tables(layers), last]
     config = f'class Rankfold{stock.__name__}({stock.__name__}):\n    model_type = "{PREFIX}{stock.model_type}"\n'
     classes = [
         f"class {made_name(model, stock)}(Factorized, {model.__name__}):\n    config_class = Rankfold{stock.__name__}\n"
@@ -294,25 +299,64 @@ def modeling_code(stock: type[PretrainedConfig]) -> str:
     return "\n\n".join([_HEADER + imports, *sources, config, *classes, "\n".join(known) + "\n"])
 
 
-def _layers() -> tuple[dict[str, type[Any]], dict[str, type[Any]]]:
-    """The layers of all forms and of all quantizers that a plan can name."""
-    forms = {name: form.module for name, form in FORMS.items()}
-    return forms, {name: entry.module for name, entry in QUANTIZERS.items() if entry.module is not None}
+_Layers = tuple[dict[str, type[Any]], dict[str, type[Any]]]
+"""By name the layers of forms, and those of quantizers."""
 
 
-def _foreign_sources() -> list[str]:
+def _layers(plan: Mapping[str, Any]) -> _Layers:
+    """The layers of our own, and of what a plan names besides."""
+    named = {option.get("form") for option in plan.get("options", ())} & set(FORMS)
+    schemes = {(plan.get("quantization") or {}).get("scheme")} & set(QUANTIZERS)
+    forms = {name: form.module for name, form in FORMS.loadable().items() if name in named or _is_ours(form.module)}
+    quantizers = {name: entry.module for name, entry in QUANTIZERS.loadable().items() if entry.module is not None}
+    return forms, {name: layer for name, layer in quantizers.items() if name in schemes or _is_ours(layer)}
+
+
+def _is_ours(layer: type[Any]) -> bool:
+    return layer.__module__.startswith("rankfold.modules.")
+
+
+def _foreign_sources(layers: _Layers) -> list[str]:
     """The source of layers that other packages offer: a checkpoint with them must load without those packages too."""
-    modules = dict.fromkeys(layer.__module__ for table in _layers() for layer in table.values())
-    return [_definitions(name) for name in modules if not name.startswith("rankfold.modules.")]
+    foreign = [layer for table in layers for layer in table.values() if not _is_ours(layer)]
+    return [_with_what_it_uses(layer) for layer in dict.fromkeys(foreign)]
 
 
-def _tables() -> str:
+def _with_what_it_uses(layer: type[Any]) -> str:
+    """The source of a class, with the imports of its module and whatever else of it the class refers to."""
+    source = inspect.getsource(importlib.import_module(layer.__module__))
+    body = ast.parse(source).body
+    defined: dict[str, ast.stmt] = {}
+    for node in body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        for target in targets:
+            name = getattr(target, "id", getattr(target, "name", None))
+            if isinstance(name, str):
+                defined[name] = node
+    wanted: dict[int, ast.stmt] = {}
+    waiting = [layer.__name__]
+    while waiting:
+        found = defined.get(waiting.pop())
+        if found is not None and id(found) not in wanted:
+            wanted[id(found)] = found
+            waiting += [part.id for part in ast.walk(found) if isinstance(part, ast.Name)]
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom)) and not _is_of_ours(node)]
+    return "\n\n".join(ast.unparse(node) for node in [*imports, *(n for n in body if id(n) in wanted)]) + "\n"
+
+
+def _is_of_ours(node: ast.Import | ast.ImportFrom) -> bool:
+    """Whether an import names this package, whose layers the file holds already, or what must stand first."""
+    modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    return any(module.partition(".")[0] in ("rankfold", "__future__") for module in modules)
+
+
+def _tables(layers: _Layers) -> str:
     """Which layer a plan's names stand for, as code."""
 
     def written(table: dict[str, type[Any]]) -> str:
         return "{" + ", ".join(f'"{name}": {layer.__name__}' for name, layer in table.items()) + "}"
 
-    forms, quantized = (written(table) for table in _layers())
+    forms, quantized = (written(table) for table in layers)
     return (
         f"def module_of(form):\n    return {forms}[form]\n\n\n"
         f"def quantized_module(scheme):\n    return {quantized}[scheme]\n"

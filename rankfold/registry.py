@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -89,6 +90,14 @@ class Registry(MutableMapping[str, Entry], Generic[Entry]):
     def __iter__(self) -> Iterator[str]:
         """Names, our own first."""
         return iter(dict.fromkeys([*self._entries, *self._names()]))
+
+    def loadable(self) -> dict[str, Entry]:
+        """The entries that can be loaded: a broken plug-in disturbs only whoever asks for it by name."""
+        found = {}
+        for name in self:
+            with suppress(UnknownEntryError):
+                found[name] = self[name]
+        return found
 
     def __len__(self) -> int:
         """Number of entries."""

@@ -46,7 +46,7 @@ ALLOCATIONS: Registry[Allocation] = Registry(
         "knapsack": Allocation(knapsack, needs_losses=True),
     },
 )
-"""The values of `rankfold compress `allocation``."""
+"""The values of `rankfold compress --allocation`."""
 
 
 def allocate(  # noqa: PLR0913
@@ -93,7 +93,7 @@ def allocate(  # noqa: PLR0913
     bound = None
     if rank is not None:
         if entry.needs_losses:
-            raise InputError(f"The allocation {allocation} distributes a budget: pass keep instead of a rank.")
+            raise InputError(f"The allocation {allocation} distributes a budget: pass `keep` instead of a `rank`.")
         options = at_rank(sites, form, rank, multiple=multiple, adds_bias=chosen.adds_bias)
     else:
         assert keep is not None, "one of keep and rank is given"

@@ -46,6 +46,14 @@ class SiteOptions:
     """The option at a position."""
     full_rank: int
     shape: tuple[int, int]
+    break_even: int = 0
+    """Largest rank at which the form is smaller than the matrix; 0 where there is only the dense option."""
+    multiple: int = 1
+    """Ranks are multiples of this, or below it."""
+
+    def dense_price(self, price: str | Price) -> float:
+        """What staying dense costs."""
+        return float(getattr(self, price)[-1]) if isinstance(price, str) else price(self.make(len(self.shares) - 1))
 
     def prices(self, price: str | Price) -> Array:
         """What every option costs."""
@@ -70,7 +78,7 @@ class Allowance(NamedTuple):
 
     def limit(self, sites: Sequence[SiteOptions]) -> float:
         """The budget in the unit of the price."""
-        return self.keep * float(sum(options.prices(self.price)[-1] for options in sites))
+        return self.keep * sum(options.dense_price(self.price) for options in sites)
 
 
 class Choice(NamedTuple):
@@ -135,6 +143,8 @@ def _of_group(
         make,
         full,
         shape,
+        break_even_rank(form, site, bias),
+        multiple,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rankfold.allocation.options import Allowance, BudgetError, Choice, SiteOptions, least
+from rankfold.allocation.ranks import round_rank
 
 
 def parity(sites: Sequence[SiteOptions], allowance: Allowance) -> Choice:
@@ -40,7 +41,7 @@ def parity(sites: Sequence[SiteOptions], allowance: Allowance) -> Choice:
         total = sum(options.parameters[-1] for options in sites)
         raise BudgetError(
             f"Keeping {allowance.keep:g} of {total:.0f} parameters leaves no room for rank 1 everywhere, which needs "
-            f"{least(sites, allowance.price):.0f}. Raise keep, or choose fewer sites."
+            f"{least(sites, allowance.price):.0f}. Raise `keep`, or choose fewer `sites`."
         )
     else:
         for _ in range(50):
@@ -51,20 +52,20 @@ def parity(sites: Sequence[SiteOptions], allowance: Allowance) -> Choice:
 
 
 def _asked(options: SiteOptions, fraction: float) -> int:
-    return max(1, int(fraction * options.full_rank))
+    """The rank at a fraction of the full rank, lowered to a multiple."""
+    return round_rank(max(1, int(fraction * options.full_rank)), options.multiple)
 
 
 def _position(options: SiteOptions, fraction: float) -> int:
-    """Of the rank at a fraction of the full rank, lowered to one that is offered; dense where that is past all."""
-    dense = len(options.shares) - 1
-    share = _asked(options, fraction) / options.full_rank
-    if dense == 0 or share > options.shares[dense - 1] + 1e-12:
+    """Of the rank at a fraction of the full rank; dense where that is past the break-even rank."""
+    dense, rank = len(options.shares) - 1, _asked(options, fraction)
+    if rank > options.break_even:
         return dense
-    return max(0, int(np.searchsorted(options.shares[:dense], share + 1e-12)) - 1)
+    return int(np.searchsorted(options.shares[:dense], rank / options.full_rank - 1e-12))
 
 
 def _note(options: SiteOptions, position: int, fraction: float) -> str:
-    if position < len(options.shares) - 1 or position == 0:
+    if position < len(options.shares) - 1 or options.break_even == 0:
         return ""
-    largest = round(options.shares[-2] * options.full_rank)
-    return f"rank {_asked(options, fraction)} would store more than the dense matrix (break-even rank {largest})"
+    rank, largest = _asked(options, fraction), options.break_even
+    return f"rank {rank} would store more than the dense matrix (break-even rank {largest})"

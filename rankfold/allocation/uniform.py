@@ -38,6 +38,6 @@ def uniform(sites: Sequence[SiteOptions], allowance: Allowance) -> Choice:
         first = sites[0]
         raise BudgetError(
             f"{first.name}: keeping {allowance.keep:g} of {first.parameters[-1]:.0f} parameters leaves no room for "
-            f"rank 1 of a matrix of shape {first.shape}. Raise keep, or choose other sites."
+            f"rank 1 of a matrix of shape {first.shape}. Raise `keep`, or choose other `sites`."
         )
     return Choice(tuple(chosen))

@@ -62,8 +62,8 @@ def compress(
     form: Annotated[
         str | None,
         typer.Option(
-            help=f"How to store: {', '.join(name for name, form in FORMS.items() if form.make)}; pivoted is smallest "
-            "at 16 and 8 bits, low_rank tolerates 4 bits or fewer (default: the method's own).",
+            help=f"How to store: {', '.join(n for n, f in FORMS.loadable().items() if f.make)}; pivoted is smallest at "
+            "16 and 8 bits, low_rank tolerates 4 bits or fewer (default: the method's own).",
             rich_help_panel="Method",
         ),
     ] = None,

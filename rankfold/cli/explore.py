@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rankfold.calibration import load_corpus
 from rankfold.circumstances import circumstances
 from rankfold.cli.options import DTYPES, Device, Dtype, Model, Records, Seed, SiteNames
 from rankfold.cli.terminal import check_records, print_table, say, stages, write_records
@@ -109,6 +110,7 @@ def explore(
         dtype=None if dtype == "auto" else dtype,
         seed=seed,
     )
+    measured_on = None
     with stages() as stage:
         if workers:
             done = run_on_ray(settings, workers, ray, stage)
@@ -116,6 +118,7 @@ def explore(
             worker = prepare(settings, stage)
             say(f"The space has {worker.bench.space.size:.3g} points; the study is stored in {shown(settings.study)}.")
             done = worker.run(stage("trials of this worker", trials))
+            measured_on = worker.bench.model
     best = [done[number] for number in front([list(trial.values.values()) for trial in done])]
     best.sort(key=lambda trial: list(trial.values.values())[-1], reverse=True)
     _print_front(model, best, done)
@@ -126,7 +129,13 @@ def explore(
         say(f"{len(best)} plans in {plans}: apply one with rankfold compress MODEL OUTPUT --plan {plans}/trial-N.json")
     if plot:
         _draw(plot, model, best, done, settings.objectives)
-    here = circumstances(model, data=text, study=f"{shown(settings.study)} {named}", space=settings.ranks, seed=seed)
+    here = circumstances(
+        measured_on or model,
+        data=load_corpus(text),
+        study=f"{shown(settings.study)} {named}",
+        space=settings.ranks,
+        seed=seed,
+    )
     chosen = {trial.number for trial in best}
     records = trial_records(done, here)
     write_records([_marked(record, chosen) for record in records], output)

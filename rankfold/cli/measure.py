@@ -8,11 +8,17 @@ from typing import Annotated
 import typer
 
 from rankfold.checkpoint import chosen_device, load_model, load_tokenizer
+from rankfold.cli import in_options
 from rankfold.cli.options import Device, Dtype, Model, Records, to_dtype
 from rankfold.cli.terminal import check_records, print_table, say, stages, write_records
 from rankfold.cost import open_meter
 from rankfold.measurement import HELD_OUT_TEXTS, table
 from rankfold.measurement import measure as measure_models
+
+
+def told(line: str) -> None:
+    """A line of the library, in the words of this verb."""
+    say(in_options(line, ["measure"]))
 
 
 def measure(
@@ -55,7 +61,7 @@ def measure(
         records = measure_models(
             models, load_tokenizer(model), text=text or HELD_OUT_TEXTS, labels=labels, length=length, windows=windows,
             latency=latency, prompt=prompt, batches=sorted(set(batch or [1])), folders=folders,
-            meter=open_meter(str(chosen_device(device)), watts=watts) if latency else None, stage=stage, say=say,
+            meter=open_meter(str(chosen_device(device)), watts=watts) if latency else None, stage=stage, say=told,
         )  # fmt: skip
     print_table(str(model), ["", *names, "ratio" if dense else ""], table(records, names))
     if any(record.context.get("contended") for record in records):

@@ -16,7 +16,7 @@ from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, to_dtype
 from rankfold.cli.terminal import say, stages, write_records
 from rankfold.cost import disk_bytes, memory_bytes, parameter_count
 from rankfold.errors import InputError
-from rankfold.modules import QUANTIZERS, PivotedLinear, is_linear, quantizer_at, settings_for
+from rankfold.modules import QUANTIZERS, is_linear, quantizer_at, settings_for
 from rankfold.quantization import quantize_blocks
 from rankfold.recovery import is_quantized
 from rankfold.shards import check_target
@@ -76,7 +76,7 @@ def quantize(
             say(f"{len(summary.left)} layers failed the test and stay in 16 bits, for example {summary.left[0]}.")
         if summary.padded:
             say(f"Factors were padded with {summary.padded:,} zeros, which are stored too.")
-    if entry.few(settings) and any(isinstance(module, PivotedLinear) for module in loaded.modules()):
+    if entry.few(settings) and any(not getattr(module, "tolerates_few_bits", True) for module in loaded.modules()):
         say("Warning: pivoted layers lose a lot at so few bits. For 4 bits or fewer, compress with --form low_rank.")
     save(loaded, tokenizer, output, source=model, overwrite=overwrite)
     stored = disk_bytes(output)

@@ -100,7 +100,8 @@ def recover(
     what = "divergence from the dense model" if objective == "kl" else "loss"
     say(f"Held-out {what}: {result.before:.4f} -> {result.after:.4f} nat/token in {result.steps} steps.")
     say(f"Checkpoint: {output}")
-    here = circumstances(loaded, data=", ".join(texts), objective=objective, lora_rank=lora, seed=seed)
+    facts = {"objective": objective, "lora_rank": lora, "data_sha256": fingerprint(windows)}
+    here = circumstances(loaded, data=", ".join(texts), seed=seed, **facts)
     values = [("held_out_before", result.before, "nat/token"), ("held_out_after", result.after, "nat/token")]
     values += [("steps", result.steps, "1")]
     write_records([here.record(output.name, *row) for row in values], output=None)

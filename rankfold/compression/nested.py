@@ -88,7 +88,7 @@ def shrink(model: Any, keep: float) -> Plan:
     stored = getattr(model.config, "rankfold", None) or {}
     tables = stored.get("nested")
     if not tables:
-        raise InputError("Only a nested model can be cut: make one with rankfold compress `nested`.")
+        raise InputError("Only a nested model can be cut: make one with rankfold compress --nested.")
     if not 0 < keep <= 1:
         raise InputError(f"keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
     sites, losses = [], {}

@@ -82,7 +82,7 @@ STUDIES: dict[str, Callable[[Sequence[Site]], dict[str, list[Site]]]] = {
     "distance": _apart,
     "count": _counted,
 }
-"""The values of `rankfold sensitivity `by``: by name the groups of sites, each factorized alone."""
+"""The values of `rankfold sensitivity --by`: by name the groups of sites, each factorized alone."""
 
 
 @dataclass(frozen=True)

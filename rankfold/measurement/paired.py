@@ -36,5 +36,11 @@ def paired_record(
         found = paired_shares(values, others)
         details |= {"mcnemar_p": mcnemar(values, others), "interval": [found.low, found.high]}
         return here.difference(subject, name, found.value, "1", found.error, minus=minus, **details)
+    if list(values) == list(others) and all(0 <= value <= 1 for value in values):
+        # That no item differs does not prove that none would: as if all of them had been right in both.
+        same = paired_shares([1] * len(values), [1] * len(values))
+        return here.difference(
+            subject, name, 0.0, "1", same.error, minus=minus, interval=[same.low, same.high], **details
+        )
     difference = paired_difference(values, others)
     return here.difference(subject, name, difference.value, "1", difference.error, minus=minus, **details)

@@ -57,7 +57,7 @@ def warning_signs(records: Sequence[Record], dense: str = "dense", quantized: It
         if name == "perplexity" and subject in quantized and value > BROKEN_RATIO * before[0]:
             text = (
                 f"perplexity {value:.4g} against {before[0]:.4g}{where}: the quantizer broke this model. For 4 bits "
-                "compress with `form` low_rank"
+                "compress with the form low_rank"
             )
             signs.append(Sign(subject, "broken quantizer", text))
     return [*signs, *_repetitive(values, dense)]

@@ -17,6 +17,10 @@ class FactorizedLinear(nn.Module):
     in_features: int
     out_features: int
     up: nn.Linear
+    is_pair: ClassVar[bool] = False
+    """Whether `up` reads what `down` gives and nothing else, so that it can be fitted to what rounding made of it."""
+    tolerates_few_bits: ClassVar[bool] = True
+    """Whether 4 bits and fewer cost it no more than a dense layer (docs/lord.md)."""
     structure: ClassVar[tuple[str, ...]] = ()
     """Non-numeric attributes, as text: a plan stores them, and loading passes them to the constructor."""
 

@@ -88,12 +88,12 @@ FORMS: Registry[Form] = Registry(
         "adaptive": Form(module=AdaptiveLinear, parameters=lambda out, into, ranks: ranks[1] * (out + into), modes=2),
     },
 )
-"""The values of `rankfold compress `form``, and what layers make of themselves later (docs/mathematics.md, eq. 1)."""
+"""The values of `rankfold compress --form`, and what layers make of themselves later (docs/mathematics.md, eq. 1)."""
 
 
 def forms_for(takes: str) -> tuple[str, ...]:
     """Names of the forms that can be made from such factors."""
-    return tuple(name for name, form in FORMS.items() if form.make is not None and form.takes == takes)
+    return tuple(name for name, form in FORMS.loadable().items() if form.make is not None and form.takes == takes)
 
 
 def form_at(name: str) -> Form:

@@ -19,6 +19,8 @@ class LowRankLinear(FactorizedLinear):
     (torch.Size([3, 6]), torch.Size([6, 8]), 28)
     """
 
+    is_pair = True
+
     def __init__(
         self,
         in_features: int,

@@ -26,6 +26,8 @@ class PivotedLinear(FactorizedLinear):
     (torch.Size([3, 6]), torch.Size([6, 8]), 24)
     """
 
+    is_pair = True
+    tolerates_few_bits = False
     structure = ("pivots",)
 
     def __init__(

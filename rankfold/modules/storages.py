@@ -51,7 +51,7 @@ QUANTIZERS: Registry[Quantizer] = Registry(
         "nf4": "rankfold.quantization.library:NF4",
     },
 )
-"""The values of `rankfold quantize `scheme``."""
+"""The values of `rankfold quantize --scheme`."""
 
 
 def quantizer_at(name: str) -> Quantizer:

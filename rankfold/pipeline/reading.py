@@ -61,6 +61,11 @@ def read_text(  # noqa: PLR0913
     count = HELD_OUT if held_out else 0
     held: Tensor | None = None
     if isinstance(text, Tensor):
+        if text.ndim != 2 or not text.numel() or (held_out and len(text) < 5):
+            raise InputError(
+                "Windows of token ids must be a table (windows, length), of at least five windows where a limit on the "
+                f"loss is verified on the last of them, but got the shape {tuple(text.shape)}."
+            )
         cut = len(text) - min(count, len(text) // 5)
         windows, held = text[:cut], text[cut:] if held_out else None
         facts: dict[str, Any] = {"corpus": "token ids", "sha256": fingerprint(text)}

@@ -42,8 +42,8 @@ def compress(  # noqa: PLR0913
     sequences: int = 128,
     length: int | None = None,
     batch_size: int = 8,
-    sites: Sequence[str] | Sites | None = None,
-    method: str = "kfac",
+    sites: Sequence[str | Site] | None = None,
+    method: str | None = None,
     allocation: str | None = None,
     form: str | None = None,
     multiple: int = 1,
@@ -75,7 +75,7 @@ def compress(  # noqa: PLR0913
         length: Tokens per window; by default 512, or the model's limit if lower.
         batch_size: Windows per forward pass.
         sites: Patterns or kinds of sites, or sites; by default all linear layers of the blocks that read text.
-        method: A key of `rankfold.factorization.METHODS`.
+        method: A key of `rankfold.factorization.METHODS`; without it that of the plan, or `kfac`.
         allocation: A key of `rankfold.allocation.ALLOCATIONS`; by default the one that suits method and budget.
         form: A key of `rankfold.modules.FORMS`; by default the method's own.
         multiple: Ranks are rounded down to a multiple of this.
@@ -102,11 +102,13 @@ def compress(  # noqa: PLR0913
             "which measures what it needs."
         )
     budget = Budget(keep=keep, bytes=bytes, max_loss_increase=max_loss_increase, rank=rank, plan=plan)
+    if plan is not None:
+        method, sites = _of_plan(plan, method, sites)
     settings = Settings(
-        method=method, allocation=allocation, form=form, multiple=multiple, rounds=rounds, drift=drift,
+        method=method or "kfac", allocation=allocation, form=form, multiple=multiple, rounds=rounds, drift=drift,
         refine=refine, refine_toward=refine_toward, labels=labels, seed=seed,
     )  # fmt: skip
-    chosen = sites if isinstance(sites, Sites) else find_sites(model).select(sites or ())
+    chosen = _chosen(model, sites)
     settings.check(model, chosen, budget)
     reading = None
     if nested or settings.needs_text(budget):
@@ -119,6 +121,27 @@ def compress(  # noqa: PLR0913
         assert reading is not None, "a nested model is measured"
         return _nest(model, chosen, settings, reading, stage)
     return _Compression(model, chosen, budget, settings, reading, stage).run(work)
+
+
+def _chosen(model: Any, sites: Sequence[str | Site] | None) -> Sites:
+    """The sites that patterns or sites name; without any those in the blocks that read text."""
+    if isinstance(sites, Sites):
+        return sites
+    return find_sites(model).select([site.name if isinstance(site, Site) else site for site in sites or ()])
+
+
+def _of_plan(
+    plan: Plan, method: str | None, sites: Sequence[str | Site] | None
+) -> tuple[str | None, Sequence[str | Site]]:
+    """The method and the sites of a plan that is carried out as it is."""
+    methods = {option.method or plan.method for option in plan.factorized}
+    if method is not None and methods and methods != {method}:
+        raise InputError(
+            f"`plan` is filled by {', '.join(sorted(methods))}, but `method` is {method!r}. Leave `method` out."
+        )
+    names = [name for option in plan.options for name in option.sites]
+    given = names if sites is None else sites
+    return next(iter(methods), method), given
 
 
 class _Compression:
@@ -274,7 +297,8 @@ def _nest(model: Any, sites: Sequence[Site], settings: Settings, reading: Readin
     loss = summed_loss(model, labels, settings.seed)
     statistics = calibrate(model, sites, reading.batches, method=settings.method, loss=loss, on_step=advance)
     plan = nest(model, sites, statistics, settings.method)
-    return note(model, plan, {**reading.facts, "labels": labels, "seed": settings.seed})
+    model.config.rankfold = {**model.config.rankfold, "seed": settings.seed}
+    return replace(note(model, plan, {**reading.facts, "labels": labels}), seed=settings.seed)
 
 
 def _teacher(model: Any, shared: Iterable[nn.Module]) -> Any:

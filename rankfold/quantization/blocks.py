@@ -16,8 +16,6 @@ from rankfold.circumstances import versions
 from rankfold.errors import InputError
 from rankfold.factorization import Moments
 from rankfold.modules import (
-    LowRankLinear,
-    PivotedLinear,
     QuantizedLinear,
     Quantizer,
     is_linear,
@@ -156,7 +154,7 @@ def _with_its_partner(
     """A layer quantized; after the first factor of a pair the second, fitted to what the first has become."""
     owner_path, _, part = name.rpartition(".")
     owner = model.get_submodule(owner_path)
-    if not isinstance(owner, (LowRankLinear, PivotedLinear)):
+    if not getattr(owner, "is_pair", False):
         yield name, quantized(name, layer, inputs.second)
         return
     if part != "down":
@@ -170,8 +168,8 @@ def _with_its_partner(
     damped = moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(D), dtype=D.dtype, device=D.device)
     old = owner.up.weight.double()
     refitted = old + torch.linalg.solve(damped, ((target - old @ D) @ S @ D.T).T).T
-    if isinstance(owner, PivotedLinear) and layer.bias is not None:
-        # `up` reads the pivots with their bias.
+    if layer.bias is not None:
+        # `up` reads what `down` gives with its bias, as the pivots of a pivoted layer.
         b = layer.bias.double()
         owner.up.bias.data += ((old - refitted) @ b).to(owner.up.bias.dtype)
         shift = torch.outer(D @ inputs.mean.double(), b)

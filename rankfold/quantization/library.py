@@ -77,6 +77,8 @@ def quantize_by_library(
             failed += wrong
     if not layers or wrong:
         raise InputError(f"{source}: bitsandbytes quantizes no layer of this model correctly here ({scheme}).")
+    # Where it was loaded from is a folder that is gone.
+    made.name_or_path = made.config._name_or_path = str(source)
     return made.eval(), Summary(tuple(layers), tuple(failed), padded)
 
 

@@ -120,12 +120,12 @@ def _measured(records: Sequence[Record]) -> Iterator[_Point]:
             None,
         )  # fmt: skip
         dense = None if reference is None else reference.value
-        if record.value is None or dense is None or record.context["data"] != data or (file, record.subject) in seen:
+        if record.value is None or dense is None or record.context["data"] != data or (file, label(record)) in seen:
             continue
-        seen.add((file, record.subject))
+        seen.add((file, label(record)))
         values: dict[str, float] = {}
         for other in records:
-            same = other.subject == record.subject and other.context.get("file", "") == file
+            same = label(other) == label(record) and other.context.get("file", "") == file
             if same and not other.is_difference and other.name in COSTS and other.value is not None:
                 values.setdefault("bytes" if other.name == "memory" else other.name, float(other.value))
         kind = f"{model_name(reference)}, measured" if several and reference is not None else "measured"

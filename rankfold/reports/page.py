@@ -54,26 +54,25 @@ def labelled(records: Sequence[Record]) -> list[Record]:
     """Records with a label for what they observe, so that subjects of the same name are told apart.
 
     `dense`, `compressed` and `model` are parts that a model plays: where records of several models play the same
-    part, the model's own name joins the label. Two of the same name are told apart by their files.
+    part, the model's own name joins the label. Two of the same name are told apart by their files or their digests.
     """
-    parts: dict[str, dict[tuple[str, str], None]] = {}
+    players: dict[str, dict[str, dict[tuple[str, str], None]]] = {}
     for record in records:
-        parts.setdefault(record.subject, {})[model_name(record), str(_digest(record))] = None
+        place = (str(record.context.get("file", "")), str(_digest(record)))
+        players.setdefault(record.subject, {}).setdefault(model_name(record), {})[place] = None
     result = []
     for record in records:
-        label, players = record.subject, list(parts[record.subject])
-        name, file = model_name(record), str(record.context.get("file", ""))
+        label, name = record.subject, model_name(record)
+        named, same = players[record.subject], list(players[record.subject][name])
         played = record.subject in ("compressed", "model")
-        if played or len(players) > 1:
+        if played or len(named) > 1:
             label = (name if played else f"{record.subject}, {name}") if name else record.subject
-            files = {other.context.get("file") for other in records if _same_part(other, record)}
-            label += f" ({file})" if len(files) > 1 else ""
+        if len(same) > 1 and (played or len({digest for _, digest in same}) > 1):
+            file, digest = str(record.context.get("file", "")), str(_digest(record))
+            alone = len([place for place in same if place[0] == file]) == 1
+            label += f" ({file})" if file and alone else f" ({digest[:6]})"
         result.append(replace(record, context={**record.context, "label": label}))
     return result
-
-
-def _same_part(a: Record, b: Record) -> bool:
-    return a.subject == b.subject and model_name(a) == model_name(b)
 
 
 def _digest(record: Record) -> Any:

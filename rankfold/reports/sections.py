@@ -110,10 +110,15 @@ def benchmarks(records: Sequence[Record], plan: Plan | None) -> Iterator[Section
     found = [record for record in scored if not record.is_difference]
     if not found:
         return
-    names = list(dict.fromkeys(record.name for record in found))
+    several = {r.name for r in found for other in found if r.name == other.name and _data(r) != _data(other)}
+
+    def title(record: Record) -> str:
+        return f"{record.name}, {_data(record)}" if record.name in several else record.name
+
+    names = list(dict.fromkeys(map(title, found)))
     traces = []
     for number, subject in enumerate(dict.fromkeys(label(record) for record in found)):
-        values = {record.name: record for record in found if label(record) == subject}
+        values = {title(record): record for record in found if label(record) == subject}
         traces.append(
             {
                 "type": "bar", "name": subject, "x": names,
@@ -125,17 +130,17 @@ def benchmarks(records: Sequence[Record], plan: Plan | None) -> Iterator[Section
                 "hovertemplate": "%{x}: %{y:.1f} %<extra>" + subject + "</extra>",
             }
         )  # fmt: skip
-    apart = {(label(r), r.name): r for r in scored if r.is_difference}
+    apart = {(label(r), r.name, _data(r)): r for r in scored if r.is_difference}
     rows = []
     for record in found:
-        difference = apart.get((label(record), record.name))
+        difference = apart.get((label(record), record.name, _data(record)))
         chance = None if difference is None else difference.context.get("mcnemar_p")
         cells = ["", ""]
         if difference is not None and difference.value is not None:
             cells = [f"{100 * difference.value:+.1f} ± {100 * (difference.error or 0):.1f}", ""]
             cells[1] = "" if chance is None else f"{chance:.3g}"
         rows.append([
-            record.name, label(record), f"{100 * float(record.value or 0):.1f} ± {100 * (record.error or 0):.1f}",
+            title(record), label(record), f"{100 * float(record.value or 0):.1f} ± {100 * (record.error or 0):.1f}",
             str(record.context.get("items", "")), *cells,
         ])  # fmt: skip
     layout = {
@@ -147,6 +152,11 @@ def benchmarks(records: Sequence[Record], plan: Plan | None) -> Iterator[Section
         rows=rows,
     )  # fmt: skip
     yield Section(name="benchmarks", title="Benchmarks", figures=[figure])
+
+
+def _data(record: Record) -> str:
+    """What a number was measured on."""
+    return str(record.context.get("data") or "")
 
 
 def _is_benchmark(record: Record) -> bool:
@@ -194,7 +204,7 @@ def repeat(records: Sequence[Record], plan: Plan | None) -> Iterator[Section]:
     pins = " ".join(f"{name}=={value.split('+')[0]}" for name, value in versions.items() if name != "python")
     lines.append(f"pip install {pins}")
     models = list(dict.fromkeys(filter(None, map(model_name, _dense_first(records))))) or ["MODEL"]
-    seeds = list(dict.fromkeys(r.context["seed"] for r in records if "seed" in r.context)) or [0]
+    seeds = list(dict.fromkeys(r.context["seed"] for r in records if r.context.get("seed") is not None)) or [0]
     if any("trial" in record.context for record in records):
         names = list(dict.fromkeys(r.name for r in records if "trial" in r.context))
         wanted = " ".join(f"--objective {name}" for name in names)
