@@ -148,7 +148,9 @@ def _blank(model: Any) -> dict[str, Tensor]:
     names = [name for name in _IMAGES if name in _parameters(model)]
     each = {name: part for name, part in _PER_TOKEN.items() if name in _parameters(model)}
     found: dict[str, Tensor] = {}
-    if (names or each) and like.device.type != "meta" and not _runs(model, {}):
+    # A model of images alone would run beside tokens that it ignores.
+    reads_tokens = bool({"input_ids", "decoder_input_ids"} & _parameters(model).keys())
+    if reads_tokens and (names or each) and like.device.type != "meta" and not _runs(model, {}):
         blanks = (
             {name: torch.zeros(shape, dtype=like.dtype)} for name in names for shape in _blank_shapes(model, name)
         )

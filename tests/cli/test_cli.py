@@ -416,7 +416,7 @@ def test_a_kill_half_way_leaves_nothing_at_the_target(tmp_path: Path) -> None:
 
 def test_rankfold_line_of_the_readme_is_a_valid_command() -> None:
     readme = (ROOT / "README.md").read_text()
-    assert "rankfold compress HuggingFaceTB/SmolLM2-135M out/ --keep 0.8 --calibration my_text.jsonl" in readme
+    assert "rankfold compress HuggingFaceTB/SmolLM2-135M small/ --keep 0.8 --calibration my_text.jsonl" in readme
 
 
 def test_adapters_over_a_quantized_model_are_trained_and_measured(tmp_path: Path) -> None:
