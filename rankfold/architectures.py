@@ -26,6 +26,7 @@ from rankfold.modules import (
     QuantizedLinear,
     is_transposed,
     restack,
+    stored_quantizations,
 )
 from rankfold.plan import Plan
 from rankfold.registration import PREFIX
@@ -49,10 +50,12 @@ _MODULE_FILES = (
     "module_weight",
     "factorized_linear",
     "low_rank_linear",
+    "compensated_linear",
     "tucker_linear",
     "pivoted_linear",
     "quantized_linear",
     "spqr_linear",
+    "group_linear",
     "linear_stack",
     "adaptive_linear",
     "joint_linear",
@@ -306,7 +309,7 @@ _Layers = tuple[dict[str, type[Any]], dict[str, type[Any]]]
 def _layers(plan: Mapping[str, Any]) -> _Layers:
     """The layers of our own, and of what a plan names besides."""
     named = {option.get("form") for option in plan.get("options", ())} & set(FORMS)
-    schemes = {(plan.get("quantization") or {}).get("scheme")} & set(QUANTIZERS)
+    schemes = {str(stored["scheme"]) for stored in stored_quantizations(plan)} & set(QUANTIZERS)
     forms = {name: form.module for name, form in FORMS.loadable().items() if name in named or _is_ours(form.module)}
     quantizers = {name: entry.module for name, entry in QUANTIZERS.loadable().items() if entry.module is not None}
     return forms, {name: layer for name, layer in quantizers.items() if name in schemes or _is_ours(layer)}

@@ -9,8 +9,8 @@ from typing import Any
 
 from rankfold.errors import InputError
 
-PLAN_VERSION = 2
-"""Version of the stored plan; a reader refuses a newer one instead of guessing."""
+PLAN_VERSION = 3
+"""Version of the stored plan; a reader refuses a newer one instead of guessing. From 3 on bits are an option's own."""
 
 DENSE = "dense"
 
@@ -32,7 +32,11 @@ class Option:
     bias: bool = False
     """Whether the module has a bias afterwards."""
     bits: int | None = None
-    """Bits per stored number; `None` keeps the model's own dtype."""
+    """Bits of a weight of the matrix, dense or beside its compensation; `None` keeps the model's own dtype."""
+    group: int | None = None
+    """Weights that share a scale, where the matrix is quantized."""
+    factor_bits: int | None = None
+    """Bits of a number of the factors; `None` keeps the model's own dtype."""
     parameters: int = 0
     """Numbers stored for these sites, biases and cores included."""
     bytes: int = 0
@@ -45,8 +49,27 @@ class Option:
     """Why, where that is not obvious: for example why a site stays dense."""
 
     def __hash__(self) -> int:
-        """By sites, form and ranks: what tells the options of one plan apart."""
-        return hash((self.sites, self.form, self.ranks))
+        """By sites, form, ranks and bits: what tells the options of one plan apart."""
+        return hash((self.sites, self.form, self.ranks, self.bits, self.factor_bits))
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything becomes of the sites."""
+        return self.form != DENSE or self.bits is not None
+
+    @property
+    def described(self) -> str:
+        """The form and its bits in a few words, as tables show them.
+
+        >>> Option(sites=("up",), form="compensated", bits=3, factor_bits=8).described
+        '3 bits + low rank in 8'
+        >>> Option(sites=("up",), form="pivoted").described, Option(sites=("up",), bits=4).described
+        ('pivoted', '4 bits')
+        """
+        factors = "" if self.factor_bits is None else f" in {self.factor_bits}"
+        if self.bits is None:
+            return f"{self.form}{factors} bits" if factors else self.form
+        return f"{self.bits} bits" + ("" if self.form == DENSE else f" + low rank{factors}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, ready for JSON."""
@@ -80,7 +103,7 @@ class Plan:
     allocation: str = "uniform"
     """How ranks were chosen: a key of `rankfold.allocation.ALLOCATIONS`."""
     keep: float | None = None
-    """Fraction of the chosen sites' parameters that was asked to be kept."""
+    """Fraction of the chosen sites' parameters, or bytes, that was asked to be kept."""
     rank: int | None = None
     """The explicit rank that was asked for."""
     bound: float | None = None
@@ -96,23 +119,28 @@ class Plan:
         asked = f"keep {self.keep:g}" if self.keep is not None else f"rank {self.rank}" if self.rank else "given"
         loss = "" if self.predicted_loss is None else f", predicted increase {self.predicted_loss:.4g} nat/token"
         lines = [
-            f"Plan: {self.method}, {self.allocation}, {asked}: {len(self.factorized)} of {len(self.options)} options "
-            f"factorized, {self.parameters:,} parameters{loss}"
+            f"Plan: {self.method}, {self.allocation}, {asked}: {len(self.changed)} of {len(self.options)} options "
+            f"compressed, {self.parameters:,} parameters, {self.bytes:,} bytes{loss}"
         ]
         kinds: dict[tuple[str, str], list[int]] = {}
         for option in self.options:
             for name in option.sites:
                 kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-                kinds.setdefault((kind, option.form), []).extend(option.ranks[:1] or [0])
-        for (kind, form), ranks in kinds.items():
+                kinds.setdefault((kind, option.described), []).extend(option.ranks[:1] or [0])
+        for (kind, what), ranks in kinds.items():
             shown = f"ranks {min(ranks)} to {max(ranks)}" if max(ranks) > min(ranks) else f"rank {max(ranks)}"
-            lines.append(f"  {kind:<44} {len(ranks):>4} x {form}" + (f", {shown}" if form != DENSE else ""))
+            lines.append(f"  {kind:<44} {len(ranks):>4} x {what}" + (f", {shown}" if max(ranks) else ""))
         return "\n".join(lines)
 
     @property
     def parameters(self) -> int:
         """Numbers stored for all planned sites."""
         return sum(option.parameters for option in self.options)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes stored for all planned sites."""
+        return sum(option.bytes for option in self.options)
 
     @property
     def predicted_loss(self) -> float | None:
@@ -122,8 +150,13 @@ class Plan:
 
     @property
     def factorized(self) -> tuple[Option, ...]:
-        """The options that change something."""
+        """The options that are factorized."""
         return tuple(option for option in self.options if option.form != DENSE)
+
+    @property
+    def changed(self) -> tuple[Option, ...]:
+        """The options of which anything becomes: factorized, quantized, or both."""
+        return tuple(option for option in self.options if option.changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the version first."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rankfold.allocation.knapsack import knapsack
 from rankfold.allocation.options import (
@@ -20,6 +21,7 @@ from rankfold.allocation.options import (
 from rankfold.allocation.parity import parity
 from rankfold.allocation.ranks import break_even_rank, dense_option, factorized_option, option_at, rank_within
 from rankfold.allocation.uniform import uniform
+from rankfold.allocation.widths import MULTIPLE, WAYS, WidthLosses, check_ways, uniform_widths, width_options
 from rankfold.calibration import Statistics
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS
@@ -59,8 +61,9 @@ def allocate(  # noqa: PLR0913
     allocation: str | None = None,
     form: str | None = None,
     multiple: int = 1,
-    losses: Mapping[str, Sequence[float]] | None = None,
-    price: str | Price = "parameters",
+    losses: Mapping[str, Sequence[float]] | Mapping[str, WidthLosses] | None = None,
+    allow: Sequence[str] | None = None,
+    price: str | Price | None = None,
     seed: int = 0,
 ) -> Plan:
     """Choose an option for every site.
@@ -76,8 +79,11 @@ def allocate(  # noqa: PLR0913
         allocation: A key of `ALLOCATIONS`; by default `knapsack` if losses are known, otherwise `uniform`.
         form: A key of `rankfold.modules.FORMS`; by default the method's own.
         multiple: Ranks are rounded down to a multiple of this.
-        losses: Predicted loss of every site at each rank from 0 to full, in place of those of the statistics.
-        price: `parameters`, `bytes`, or a function that prices an option, for example in seconds.
+        losses: Predicted loss of every site at each rank from 0 to full, in place of those of the statistics; or in
+            each width too (`rankfold.quantization.width_losses`), for a budget over bits and ranks.
+        allow: With such losses, what the budget may be spent on: `rank`, `bits` or both, as by default.
+        price: `parameters`, `bytes`, or a function that prices an option, for example in seconds; by default bytes
+            where bits are chosen, else parameters.
         seed: Random seed with which the plan's data was made.
 
     Raises:
@@ -85,9 +91,14 @@ def allocate(  # noqa: PLR0913
             unknown, or if there are no sites.
     """
     measured = statistics is not None and statistics.have_gradients
-    method = method or ("kfac" if measured else "whitened")
+    method = method or ("kfac" if measured or _widths(losses) else "whitened")
     allocation = allocation or ("knapsack" if (measured or losses is not None) and rank is None else "uniform")
+    widths = _widths(losses)
+    price = price or ("parameters" if widths is None else "bytes")
     _check(sites, keep, rank, method, allocation, multiple, price)
+    if widths is not None:
+        return _shared(sites, widths, Allowance(keep or 0.0, price), method, allocation, allow or WAYS, multiple, seed)
+    curves: Mapping[str, Any] | None = losses
     entry, chosen = ALLOCATIONS[allocation], METHODS[method]
     form = form_for(method, form)
     bound = None
@@ -97,15 +108,15 @@ def allocate(  # noqa: PLR0913
         options = at_rank(sites, form, rank, multiple=multiple, adds_bias=chosen.adds_bias)
     else:
         assert keep is not None, "one of keep and rank is given"
-        if entry.needs_losses and losses is None:
+        if entry.needs_losses and curves is None:
             if statistics is None:
                 raise InputError(
                     f"The allocation {allocation} needs predicted losses: pass the statistics from calibrate(...), or "
                     "your own losses=."
                 )
-            losses = statistics.losses(method)
+            curves = statistics.losses(method)
         offered = site_options(
-            sites, form, losses if entry.needs_losses else None, multiple=multiple, adds_bias=chosen.adds_bias
+            sites, form, curves if entry.needs_losses else None, multiple=multiple, adds_bias=chosen.adds_bias
         )
         options, bound = entry.choose(offered, Allowance(keep, price))
     return Plan(
@@ -114,6 +125,46 @@ def allocate(  # noqa: PLR0913
         allocation=allocation,
         keep=keep,
         rank=rank,
+        bound=bound,
+        seed=seed,
+    )
+
+
+def _widths(losses: Mapping[str, Any] | None) -> Mapping[str, WidthLosses] | None:
+    """Predicted losses in every width, where that is what was given."""
+    given = losses is not None and any(isinstance(part, WidthLosses) for part in losses.values())
+    return losses if given else None
+
+
+def _shared(  # noqa: PLR0913, PLR0917
+    sites: Sequence[Site],
+    losses: Mapping[str, WidthLosses],
+    allowance: Allowance,
+    method: str,
+    allocation: str,
+    allow: Sequence[str],
+    multiple: int,
+    seed: int,
+) -> Plan:
+    """One budget over bits and ranks."""
+    if not allowance.keep or not ALLOCATIONS[allocation].needs_losses:
+        raise InputError(
+            "A budget over bits and ranks is shared out by predicted losses: pass `keep`, or bytes, and the "
+            f"allocation knapsack, not {allocation}."
+        )
+    ways = check_ways(allow)
+    choose = ALLOCATIONS[allocation].choose
+    options, bound = choose(width_options(sites, losses, ways=ways, multiple=multiple), allowance)
+    if len(ways) > 1:
+        # What is greedy may do worse with more to choose from, by a hair.
+        with suppress(BudgetError):
+            fewer, _ = choose(width_options(sites, losses, ways=["bits"], multiple=multiple), allowance)
+            options = min(options, fewer, key=lambda chosen: sum(option.loss or 0.0 for option in chosen))
+    return Plan(
+        options=tuple(replace(option, method=method) if option.changes else option for option in options),
+        method=method,
+        allocation=allocation,
+        keep=allowance.keep,
         bound=bound,
         seed=seed,
     )
@@ -158,15 +209,19 @@ def form_for(method: str, form: str | None) -> str:
 
 __all__ = [
     "ALLOCATIONS",
+    "MULTIPLE",
     "PRICES",
+    "WAYS",
     "Allocation",
     "Allowance",
     "BudgetError",
     "Choice",
     "Price",
     "SiteOptions",
+    "WidthLosses",
     "allocate",
     "break_even_rank",
+    "check_ways",
     "dense_option",
     "factorized_option",
     "form_for",
@@ -174,4 +229,6 @@ __all__ = [
     "option_at",
     "rank_within",
     "site_options",
+    "uniform_widths",
+    "width_options",
 ]

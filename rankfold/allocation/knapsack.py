@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rankfold.allocation.options import Allowance, BudgetError, Choice, Price, SiteOptions, lowest
+from rankfold.allocation.options import Allowance, BudgetError, Choice, Price, SiteOptions, allowed
 
 FLOOR = 1 / 64
 """Least share of its full rank that a site keeps, so that a wrong prediction destroys none."""
@@ -37,8 +37,8 @@ def knapsack(sites: Sequence[SiteOptions], allowance: Allowance) -> Choice:
     least = float(sum(ladder.prices[0] for ladder in ladders))
     if least > budget:
         raise BudgetError(
-            f"The budget must allow at least {_plain(least)}, the cost of the smallest rank at every site "
-            f"({FLOOR:.1%} of its full rank), but is {_plain(budget)}. Raise it, or choose fewer sites."
+            f"The budget must allow at least {_plain(least)}, the cost of the smallest option at every site (a rank is "
+            f"at least {FLOOR:.1%} of the full one), but is {_plain(budget)}. Raise it, or choose fewer sites."
         )
     chosen, spent, bound = _climb(ladders, budget)
     _fill(ladders, chosen, budget - spent)
@@ -63,12 +63,13 @@ def _ladder(options: SiteOptions, price: str | Price) -> _Ladder:
     assert options.losses is not None, "a knapsack compares predicted losses"
     dense = len(options.shares) - 1
     step = max(1, options.full_rank // CANDIDATES)
-    tried = np.arange(lowest(options, FLOOR), dense)
-    # Every so many ranks, as many as are listed where a multiple thins them out already.
-    ranks = np.rint(options.shares[tried] * options.full_rank).astype(int)
-    first = ranks[0] if len(ranks) else 0
-    thinned = [int(position) for position in tried[np.unique((ranks - first) // step, return_index=True)[1]]]
-    positions = [*thinned, dense]
+    tried = allowed(options, FLOOR)[:-1]
+    if options.by_rank:
+        # Every so many ranks, as many as are listed where a multiple thins them out already.
+        ranks = np.rint(options.shares[tried] * options.full_rank).astype(int)
+        first = ranks[0] if len(ranks) else 0
+        tried = tried[np.unique((ranks - first) // step, return_index=True)[1]]
+    positions = [*tried.tolist(), dense]
     offered = replace(
         options,
         shares=options.shares[positions],

@@ -50,6 +50,8 @@ class SiteOptions:
     """Largest rank at which the form is smaller than the matrix; 0 where there is only the dense option."""
     multiple: int = 1
     """Ranks are multiples of this, or below it."""
+    by_rank: bool = True
+    """Whether rank is all that options differ in, so that neighbouring ones stand for each other."""
 
     def dense_price(self, price: str | Price) -> float:
         """What staying dense costs."""
@@ -193,6 +195,11 @@ def least(sites: Sequence[SiteOptions], price: str | Price, floor: float = 0.0) 
 
 
 def lowest(options: SiteOptions, floor: float) -> int:
-    """Position of the first option whose rank is at least a share of the full rank."""
+    """Position of the first option whose rank is at least a share of the full rank, where options differ in rank."""
+    return int(allowed(options, floor)[0])
+
+
+def allowed(options: SiteOptions, floor: float) -> NDArray[np.intp]:
+    """Positions of the options whose rank is at least a share of the full rank."""
     rank = min(max(1, math.ceil(floor * options.full_rank)), options.full_rank)
-    return int(np.searchsorted(options.shares, rank / options.full_rank - 1e-12))
+    return np.flatnonzero(options.shares >= rank / options.full_rank - 1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -255,7 +256,8 @@ class _Observer:
 
     def _accumulator(self, site: Site, what: str, size: int, linear: Any) -> MomentAccumulator:
         if (what, site.name) not in self._accumulators:
-            device = next(linear.parameters()).device
+            # A layer in few bits has no parameters, only buffers.
+            device = next(itertools.chain(linear.parameters(), linear.buffers())).device
             self._accumulators[what, site.name] = MomentAccumulator(size, device)
         return self._accumulators[what, site.name]
 

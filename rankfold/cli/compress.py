@@ -38,6 +38,13 @@ def compress(
         str | None,
         typer.Option("--bytes", help="Bytes of the whole model, such as 9GB or 700MiB.", rich_help_panel="Budget"),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Average bits of a weight of the sites, such as 3.5, counting everything that is stored for them.",
+            rich_help_panel="Budget",
+        ),
+    ] = None,
     max_loss_increase: Annotated[
         float | None,
         typer.Option(
@@ -48,6 +55,13 @@ def compress(
     rank: Annotated[int | None, typer.Option(help="An explicit rank for all sites.", rich_help_panel="Budget")] = None,
     plan: Annotated[
         Path | None, typer.Option(help="A plan from rankfold explore: forms and ranks.", rich_help_panel="Budget")
+    ] = None,
+    allow: Annotated[
+        str | None,
+        typer.Option(
+            help="What to spend the budget on: rank, bits, or rank,bits (default: rank for --keep, otherwise both).",
+            rich_help_panel="Budget",
+        ),
     ] = None,
     method: Annotated[
         str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.", rich_help_panel="Method")
@@ -122,11 +136,14 @@ def compress(
     check_target(output, overwrite)
     stored = None if plan is None else read_plan(plan)
     # Made here as well as in the call, so that a contradiction is told before the model is loaded.
-    budget = Budget(keep=keep, bytes=bytes_, max_loss_increase=max_loss_increase, rank=rank, plan=stored)
+    budget = Budget(keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase, rank=rank, plan=stored)
     if stored is not None:
         method = next(iter({option.method for option in stored.factorized}), method)
         sites = [name for option in stored.options for name in option.sites]
-    settings = Settings(method=method, allocation=allocation, form=form, refine=refine, refine_toward=refine_toward)
+    ways = None if allow is None else tuple(part.strip() for part in allow.split(","))
+    settings = Settings(
+        method=method, allocation=allocation, form=form, allow=ways, refine=refine, refine_toward=refine_toward
+    )
     loaded = load_model(model, dtype=to_dtype(dtype), device=device, dense=True)
     origin = getattr(loaded, "few_bits", None)
     if origin:
@@ -151,9 +168,9 @@ def compress(
     )
     with stages() as stage:
         done = compress_model(
-            loaded, tokenizer, keep=keep, bytes=bytes_, max_loss_increase=max_loss_increase, rank=rank, plan=stored,
-            text=corpus or calibration, sequences=sequences, length=length, sites=chosen, method=method,
-            allocation=allocation, form=form, multiple=multiple, refine=refine, refine_toward=refine_toward,
+            loaded, tokenizer, keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase, rank=rank,
+            plan=stored, text=corpus or calibration, sequences=sequences, length=length, sites=chosen, method=method,
+            allocation=allocation, form=form, allow=ways, multiple=multiple, refine=refine, refine_toward=refine_toward,
             nested=nested, seed=seed, stage=stage, work=work,
         )  # fmt: skip
     if origin:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,41 @@ def skipped_rows(sites: Sites) -> list[list[str]]:
     return [[s.name, " x ".join(map(str, s.shape)), s.reason] for s in sites.skipped]
 
 
+def _in_ranks(kind: str, pairs: list[Any]) -> list[str]:
+    """A row of a kind of site whose rank alone was chosen."""
+    dense = sum(option.form == DENSE for _, option in pairs)
+    drawn = [option.shrinkage for _, option in pairs if option.shrinkage is not None]
+    shrinkage = f"{min(drawn):.0e}..{max(drawn):.0e}" if drawn else "-"
+    return [*_ranks(kind, pairs), str(dense), shrinkage]
+
+
+def _in_bits(kind: str, pairs: list[Any]) -> list[str]:
+    """A row of a kind of site whose bits were chosen too."""
+    counts = Counter(option.described for _, option in pairs).most_common()
+    return [*_ranks(kind, pairs), ", ".join(f"{count} x {what}" for what, count in counts)]
+
+
+def _ranks(kind: str, pairs: list[Any]) -> list[str]:
+    ranks = sorted({option.ranks[0] for _, option in pairs if option.form != DENSE})
+    shown = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks)) or "-"
+    full = min(pairs[0][0].out_features, pairs[0][0].in_features)
+    return [kind, str(len(pairs)), str(full), shown]
+
+
+def _say_bits(plan: Plan, sites: Sites) -> None:
+    """What is stored for a weight, and what the same bits everywhere would store and cost."""
+    weights = sum(site.out_features * site.in_features for site in sites)
+    say(f"Sites: {plan.bytes:,} bytes, {8 * plan.bytes / weights:.2f} bits a weight, everything counted")
+    uniform = plan.calibration.get("uniform", ())
+    rows = []
+    for row in sorted(uniform, key=lambda row: -row["bits"]):
+        size, loss = row["bytes"], row["loss"]
+        rows.append([f"{row['bits']} bits everywhere", f"{size:,.0f}", f"{8 * size / weights:.2f}", f"{loss:.4f}"])
+    loss = "-" if plan.predicted_loss is None else f"{plan.predicted_loss:.4f}"
+    rows.append(["this plan", f"{plan.bytes:,}", f"{8 * plan.bytes / weights:.2f}", loss])
+    print_table("What else the sites could be", ["", "bytes", "bits a weight", "predicted increase"], rows)
+
+
 def report_plan(output: Path, model: Any, plan: Plan, sites: Sites, before: int, seconds: float) -> None:
     """Table by kind, notes, and the records of a compression."""
     after = parameter_count(model)
@@ -26,16 +62,9 @@ def report_plan(output: Path, model: Any, plan: Plan, sites: Sites, before: int,
     option_of = {name: option for option in plan.options for name in option.sites}
     for site in sites:
         kinds.setdefault(site.kind, []).append((site, option_of[site.name]))
-    rows = []
-    for kind, pairs in kinds.items():
-        ranks = sorted({option.ranks[0] for _, option in pairs if option.form != DENSE})
-        shown = f"{ranks[0]}..{ranks[-1]}" if len(ranks) > 1 else "".join(map(str, ranks)) or "dense"
-        full = min(pairs[0][0].out_features, pairs[0][0].in_features)
-        dense = sum(option.form == DENSE for _, option in pairs)
-        drawn = [option.shrinkage for _, option in pairs if option.shrinkage is not None]
-        shrinkage = f"{min(drawn):.0e}..{max(drawn):.0e}" if drawn else "-"
-        rows.append([kind, str(len(pairs)), str(full), shown, str(dense), shrinkage])
-    header = ["kind", "sites", "full rank", "rank", "left dense", "shrinkage"]
+    shares_bits = any(option.bits or option.factor_bits for option in plan.options)
+    rows = [_in_bits(kind, pairs) if shares_bits else _in_ranks(kind, pairs) for kind, pairs in kinds.items()]
+    header = ["kind", "sites", "full rank", "rank", *(["becomes"] if shares_bits else ["left dense", "shrinkage"])]
     print_table(f"{plan.method}, {plan.allocation}", header, rows)
     for note in sorted({option.note for option in plan.options if option.note}):
         say(f"left dense: {note}")
@@ -44,6 +73,8 @@ def report_plan(output: Path, model: Any, plan: Plan, sites: Sites, before: int,
         say(f"Predicted increase in loss: {plan.predicted_loss:.4f} nat/token{bound}")
     if "measured_increase" in plan.calibration:
         say(f"Measured increase on held-out text: {plan.calibration['measured_increase']:.4f} nat/token")
+    if shares_bits:
+        _say_bits(plan, sites)
     total = sum(site.parameters for site in sites)
     say(f"Sites: {total:,} -> {plan.parameters:,} parameters ({plan.parameters / total:.1%} kept)")
     say(f"Model: {before:,} -> {after:,} parameters ({after / before:.1%} kept)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.calibration import BlockStep, walk_body
-from rankfold.factorization import Ordered
+from rankfold.factorization import Moments, Ordered
 from rankfold.modules import factorized_module, linear_at, matrix_of, put, set_matrix
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Step, no_step
@@ -53,10 +53,46 @@ def correct_drift(  # noqa: PLR0913
         on_step: Called after each batch has passed a block.
     """
     option_of = {name: option for option in plan.options for name in option.sites}
+
+    def fitted(site: Site, streams: Streams | None) -> nn.Module | None:
+        if streams is None:
+            return None
+        W, bias = matrix_of(dense[site.name])
+        correction = share * streams.correction(W, centred=bias is not None)
+        return _corrected(dense[site.name], option_of[site.name], ordered.get(site.name), correction, streams, share)
+
+    fit_along(model, sites, batches, dense, fitted, on_step=on_step)
+
+
+Fit = Callable[[Site, "Streams | None"], "nn.Module | None"]
+"""The layer of a site from what it reads in both models; nothing is known of it where rows do not correspond. Without a
+layer the one in place stays."""
+
+
+def fit_along(
+    model: Any,
+    sites: Sequence[Site],
+    batches: Sequence[Mapping[str, Tensor]],
+    dense: Mapping[str, nn.Module],
+    fit: Fit,
+    *,
+    on_step: Step = no_step,
+) -> set[str]:
+    """Fit layer after layer to what the compressed model feeds it, in place, and give the names of those fitted.
+
+    Args:
+        model: The model; where a site is to be fitted its layer may be any, since nothing reads it before.
+        sites: Its sites; those that a pass calls repeatedly are passed over.
+        batches: Calibration batches.
+        dense: The dense layer of every site.
+        fit: Makes the layer of a site.
+        on_step: Called after each batch has passed a block.
+    """
     compressed = {name: linear_at(model, name) for name in dense}
     by_block: dict[str | None, list[Site]] = {}
     for site in sites:
         by_block.setdefault(site.block, []).append(site)
+    done: set[str] = set()
     training = model.training
     model.eval()
     try:
@@ -68,22 +104,18 @@ def correct_drift(  # noqa: PLR0913
                         group_of.setdefault(site.reads, []).append(site)
                 for group in group_of.values():
                     streams = _streams(model, group[0].name, (straight, drifted), (dense, compressed), on_step)
-                    if streams is None:
-                        continue
                     for site in group:
-                        option = option_of[site.name]
-                        W, bias = matrix_of(dense[site.name])
-                        correction = share * streams.correction(W, centred=bias is not None)
-                        module = _corrected(
-                            dense[site.name], option, ordered.get(site.name), correction, streams, share
-                        )
-                        compressed[site.name] = module
+                        layer = fit(site, streams)
+                        if layer is not None:
+                            compressed[site.name] = layer
+                            done.add(site.name)
     finally:
         put(model, compressed)
         model.train(training)
+    return done
 
 
-class _Streams(NamedTuple):
+class Streams(NamedTuple):
     """Moments of what one site reads in the dense and in the compressed model."""
 
     cross: Float[Tensor, "in in"]
@@ -92,6 +124,13 @@ class _Streams(NamedTuple):
     """`E[x' x'^T]`."""
     mean: Float[Tensor, " in"]
     drifted_mean: Float[Tensor, " in"]
+    fourth: float
+    """`E[|x'|^4]`."""
+    vectors: int
+
+    def moments(self) -> Moments:
+        """The moments of what the compressed model feeds the site."""
+        return Moments(self.vectors, self.drifted_mean, self.second, self.fourth)
 
     def correction(self, weight: Float[Tensor, "out in"], centred: bool) -> Float[Tensor, "out in"]:
         """What to add to a weight so that it predicts the dense output from drifted inputs."""
@@ -137,7 +176,7 @@ def _streams(
     steps: tuple[BlockStep, BlockStep],
     layers: tuple[Mapping[str, nn.Module], Mapping[str, nn.Module]],
     on_step: Step,
-) -> _Streams | None:
+) -> Streams | None:
     """Run the block up to one layer on both streams and compare what it reads; nothing where rows do not correspond."""
     block = steps[0].path
     inside = [{n: m for n, m in side.items() if f".{block}." in f".{n}"} for side in layers]
@@ -147,7 +186,7 @@ def _streams(
         seen.append(args[0])
         raise _SeenError
 
-    sums: list[Any] = [0.0, 0.0, 0.0, 0.0]
+    sums: list[Any] = [0.0, 0.0, 0.0, 0.0, 0.0]
     count = 0
     for calls in zip(*(step.calls for step in steps), strict=True):
         seen.clear()
@@ -163,14 +202,16 @@ def _streams(
             return None
         x, y = (rows.reshape(-1, rows.shape[-1]).float() for rows in seen)
         count += len(x)
-        for index, part in enumerate((x.T @ y, y.T @ y, x.sum(0), y.sum(0))):
+        fourth = y.square().sum(1).double().square().sum()
+        for index, part in enumerate((x.T @ y, y.T @ y, x.sum(0), y.sum(0), fourth)):
             sums[index] = sums[index] + part.double()
         on_step()
-    return _Streams(*(total / count for total in sums))
+    cross, second, mean, drifted_mean, fourth = (total / count for total in sums)
+    return Streams(cross, second, mean, drifted_mean, float(fourth), count)
 
 
 def _corrected(
-    linear: Any, option: Option, ordered: Ordered | None, correction: Tensor, streams: _Streams, share: float
+    linear: Any, option: Option, ordered: Ordered | None, correction: Tensor, streams: Streams, share: float
 ) -> nn.Module:
     """The layer in its form, for the corrected weight; a bias keeps the mean output."""
     W, b = matrix_of(linear)

@@ -1,6 +1,7 @@
 """Modules that stand where a Linear, a Conv1D or a stack of experts stood."""
 
 from rankfold.modules.adaptive_linear import AdaptiveLinear
+from rankfold.modules.compensated_linear import CompensatedLinear
 from rankfold.modules.factorized_linear import FactorizedLinear
 from rankfold.modules.forms import (
     FORMS,
@@ -14,7 +15,8 @@ from rankfold.modules.forms import (
     structure_of,
 )
 from rankfold.modules.four_bit import keep_storage, restore_storage
-from rankfold.modules.install import Factorized, install, put, resolve, use_eager_experts
+from rankfold.modules.group_linear import WHOLE_MATRIX, WHOLE_ROW, GroupLinear
+from rankfold.modules.install import Factorized, install, put, resolve, stored_quantizations, use_eager_experts
 from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear, SharedFactors
 from rankfold.modules.linear import (
     is_linear,
@@ -29,7 +31,7 @@ from rankfold.modules.linear_stack import LinearStack, restack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.module_weight import ModuleWeight
 from rankfold.modules.pivoted_linear import PivotedLinear
-from rankfold.modules.quantized_linear import QuantizedLinear
+from rankfold.modules.quantized_linear import QuantizedLinear, prefer
 from rankfold.modules.spqr_linear import SpQRLinear, pack, statistics, unpack
 from rankfold.modules.storages import QUANTIZERS, Quantizer, quantizer_at, settings_for
 from rankfold.modules.tucker_linear import TuckerLinear
@@ -38,10 +40,14 @@ __all__ = [
     "FORMS",
     "JOINT_FORMS",
     "QUANTIZERS",
+    "WHOLE_MATRIX",
+    "WHOLE_ROW",
     "AdaptiveLinear",
+    "CompensatedLinear",
     "Factorized",
     "FactorizedLinear",
     "Form",
+    "GroupLinear",
     "JointLinear",
     "LinearStack",
     "LowRankLinear",
@@ -64,6 +70,7 @@ __all__ = [
     "linear_shape",
     "matrix_of",
     "pack",
+    "prefer",
     "put",
     "quantizer_at",
     "resolve",
@@ -75,6 +82,7 @@ __all__ = [
     "stored_bytes",
     "stored_matrix",
     "stored_parameters",
+    "stored_quantizations",
     "structure_of",
     "unpack",
     "use_eager_experts",

@@ -12,6 +12,7 @@ import torch
 from rankfold.errors import InputError
 from rankfold.factorization import Factors, pivoted
 from rankfold.modules.adaptive_linear import AdaptiveLinear
+from rankfold.modules.compensated_linear import CompensatedLinear
 from rankfold.modules.factorized_linear import FactorizedLinear
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.pivoted_linear import PivotedLinear
@@ -84,6 +85,10 @@ FORMS: Registry[Form] = Registry(
             make=_pivoted,
             # One bit a row, in hexadecimal.
             structure_bytes=lambda out, into, ranks: 2 * -(-out // 8),
+        ),
+        "compensated": Form(
+            module=CompensatedLinear,
+            parameters=lambda out, into, ranks: out * into + ranks[0] * (out + into),
         ),
         "adaptive": Form(module=AdaptiveLinear, parameters=lambda out, into, ranks: ranks[1] * (out + into), modes=2),
     },

@@ -14,7 +14,7 @@ from rankfold.modules.linear import has_layer, linear_at, linear_shape
 from rankfold.modules.linear_stack import LinearStack
 from rankfold.modules.storages import quantized_module
 
-READS_PLAN_VERSION = 2
+READS_PLAN_VERSION = 3
 """Newest version of a stored plan that this code understands."""
 
 
@@ -78,8 +78,16 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
             if lacking:
                 raise InputError(f"{site}: the plan must store the {lacking[0]} of this site, but does not.")
             model.set_submodule(path, form(in_features, out_features, ranks, bias, like.device, like.dtype, **own))
-    install_quantized(model, plan.get("quantization") or {"modules": {}})
+    for quantization in stored_quantizations(plan):
+        install_quantized(model, quantization)
     use_eager_experts(model)
+
+
+def stored_quantizations(plan: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a stored plan says of layers in few bits: for each scheme and its settings the layers that have them."""
+    stored = plan.get("quantization") or []
+    # Plans before version 3 had one scheme for all layers.
+    return [stored] if isinstance(stored, Mapping) else list(stored)
 
 
 def _install_stack(model: nn.Module, option: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,14 +10,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+FEW_ROWS = 16
+"""Vectors up to which a kernel for few bits is faster than a 16-bit product, which is then bound by memory."""
+
 
 class QuantizedLinear(nn.Module):
-    """`y = W x + b` with a quantized `W`, stored in buffers only; each scheme defines what `W` is."""
+    """`y = W x + b` with a quantized `W`, stored in buffers only; each scheme defines what `W` is.
+
+    What a forward pass reads is prepared in the first one and kept beside the buffers, never saved: the matrix of a
+    kernel where the scheme has one on this device, else the whole matrix. `prefers_speed` keeps the whole one too, for
+    passes over many tokens, in which it is faster.
+    """
 
     in_features: int
     out_features: int
     bias: nn.Parameter | None
     dtype: torch.dtype
+    prefers_speed: bool = False
 
     @property
     def structure(self) -> Any:
@@ -26,6 +36,10 @@ class QuantizedLinear(nn.Module):
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The matrix, in float32."""
         raise AssertionError("each scheme defines it")
+
+    def kernel(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """A product of vectors (rows, in) in a dtype with the matrix as it is stored, if this device has one."""
+        return None
 
     @property
     def stored_bytes(self) -> int:
@@ -44,7 +58,50 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The layer's outputs."""
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            # Kernels have no gradients.
+            return F.linear(x, self._kept(x.dtype), self.bias)
+        few = x.numel() <= FEW_ROWS * self.in_features
+        product = self._product(x.dtype) if few or not self.prefers_speed else None
+        if product is None:
+            return F.linear(x, self._kept(x.dtype), self.bias)
+        y = product(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _product(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """The kernel's product in a dtype, prepared once."""
+        kept = self.__dict__.setdefault("_products", {})
+        if dtype not in kept:
+            kept[dtype] = self.kernel(dtype)
+        return kept[dtype]  # type: ignore[no-any-return]
+
+    def _kept(self, dtype: torch.dtype) -> Tensor:
+        """The whole matrix in a dtype, multiplied out once; anew each time only where a kernel serves the rest."""
+        kept = self.__dict__.setdefault("_matrices", {})
+        if dtype in kept:
+            return kept[dtype]  # type: ignore[no-any-return]
+        matrix = self.dequantized().to(dtype)
+        if matrix.device.type != "meta" and (self.prefers_speed or self._product(dtype) is None):
+            kept[dtype] = matrix
+        return matrix
+
+    def _forget(self) -> None:
+        """Drop what was prepared: the buffers have changed."""
+        self.__dict__.pop("_products", None)
+        self.__dict__.pop("_matrices", None)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Move or cast; what was prepared was so for another place."""
+        self._forget()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies prepare for themselves."""
+        return {key: value for key, value in self.__dict__.items() if key not in ("_products", "_matrices")}
 
     def to_dense(self) -> nn.Linear:
         """An `nn.Linear` with the same outputs."""
@@ -53,3 +110,17 @@ class QuantizedLinear(nn.Module):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone())
         return dense
+
+
+def prefer(model: nn.Module, what: str) -> None:
+    """Let the layers in few bits of a model save `memory`, as they do by default, or `speed` over many tokens.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if what not in ("memory", "speed"):
+        raise ValueError(f"Layers in few bits can prefer `memory` or `speed`, but got {what!r}.")
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.prefers_speed = what == "speed"
+            module._forget()

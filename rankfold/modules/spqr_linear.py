@@ -116,8 +116,10 @@ def unpack(packed: Integer[Tensor, "bits bytes"], count: int) -> Integer[Tensor,
     >>> unpack(torch.tensor([[5], [6]], dtype=torch.uint8), 3).tolist()
     [1, 2, 3]
     """
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    codes = torch.zeros(packed.shape[1] * 8, dtype=torch.uint8, device=packed.device)
+    places = torch.arange(8, device=packed.device)
+    # Of every byte its bits, each in a byte of its own, and these eight as one number.
+    bits = ((torch.arange(256, device=packed.device)[:, None] >> places) & 1).to(torch.uint8).view(torch.int64)[:, 0]
+    codes = torch.zeros(packed.shape[1], dtype=torch.int64, device=packed.device)
     for bit, plane in enumerate(packed):
-        codes |= ((plane[:, None] >> places) & 1).reshape(-1) << bit
-    return codes[:count]
+        codes |= bits[plane.int()] << bit
+    return codes.view(torch.uint8)[:count]

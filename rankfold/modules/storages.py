@@ -46,6 +46,7 @@ QUANTIZERS: Registry[Quantizer] = Registry(
     "rankfold.quantizers",
     # In the room that knows how to quantize, which is above this one.
     later={
+        "gptq": "rankfold.quantization.gptq:GPTQ",
         "spqr": "rankfold.quantization.spqr:SPQR",
         "int8": "rankfold.quantization.library:INT8",
         "nf4": "rankfold.quantization.library:NF4",

@@ -44,6 +44,8 @@ class Budget:
     """Fraction of the sites' parameters, in (0, 1]."""
     bytes: int | str | None = None
     """Bytes of the whole model, as a number or as people write them: `9GB`, `700MiB`."""
+    bits: float | int | None = None
+    """Average bits of a weight of the sites, counting everything that is stored for them."""
     max_loss_increase: float | None = None
     """Rise of the loss on held-out text, in nats per token."""
     rank: int | None = None
@@ -66,6 +68,8 @@ class Budget:
             raise InputError(
                 f"`keep` is the fraction of parameters kept and must lie in (0, 1], but got {self.keep:g}."
             )
+        if self.bits is not None and not 0 < self.bits <= 16:
+            raise InputError(f"`bits` is an average per weight and must lie in (0, 16], but got {self.bits:g}.")
         if isinstance(self.bytes, str):
             object.__setattr__(self, "bytes", parse_bytes(self.bytes))
 
@@ -77,10 +81,14 @@ class Budget:
         """
         if self.plan is not None:
             return min(1.0, self.plan.parameters / sum(site.parameters for site in sites))
-        if self.bytes is None:
+        if self.bytes is None and self.bits is None:
             return self.keep
         assert not isinstance(self.bytes, str), "parsed when it was made"
         dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
+        if self.bits is not None:
+            weights = sum(site.out_features * site.in_features for site in sites)
+            return min(1.0, self.bits * weights / 8 / dense)
+        assert self.bytes is not None, "one of both"
         rest = int(sum(p.numel() * p.element_size() for p in model.parameters())) - dense
         if self.bytes <= rest:
             raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankfold.allocation import BudgetError, allocate
+from rankfold.allocation import BudgetError, WidthLosses, allocate, uniform_widths
 from rankfold.calibration import BUNDLED, Corpus, calibrate, summed_loss, usual_labels
 from rankfold.compression import compress_in_rounds, factorize, factorize_blocks, nest, restore
 from rankfold.errors import InputError
@@ -20,13 +21,17 @@ from rankfold.pipeline.budget import Budget
 from rankfold.pipeline.reading import Reading, read_text
 from rankfold.pipeline.settings import DRIFT, ROUNDS, Settings
 from rankfold.plan import DENSE, Option, Plan
-from rankfold.progress import Stage, no_stage
+from rankfold.progress import Stage, Step, no_stage
 from rankfold.quality import next_token_quality
+from rankfold.quantization import compress_in_bits
 from rankfold.recovery import predicts, refine_blocks, refine_predictions
 from rankfold.sites import Site, Sites, block_paths, find_sites
 
 SEARCH_STEPS = 6
 """Halvings of the interval in which `keep` is searched for a limit on the loss."""
+
+FEWEST_BYTES = 1 / 32
+"""Share of the sites' bytes from which on a limit on the loss is searched where bits are shared out."""
 
 
 def compress(  # noqa: PLR0913
@@ -35,6 +40,7 @@ def compress(  # noqa: PLR0913
     *,
     keep: float | None = None,
     bytes: int | str | None = None,
+    bits: float | int | None = None,
     max_loss_increase: float | None = None,
     rank: int | None = None,
     plan: Plan | None = None,
@@ -46,6 +52,7 @@ def compress(  # noqa: PLR0913
     method: str | None = None,
     allocation: str | None = None,
     form: str | None = None,
+    allow: str | Sequence[str] | None = None,
     multiple: int = 1,
     rounds: int = ROUNDS,
     drift: float = DRIFT,
@@ -59,13 +66,16 @@ def compress(  # noqa: PLR0913
 ) -> Plan:
     """Compress a model, in place, within a budget: the one call that the command line and all programs here make.
 
-    The budget is one of `keep`, `bytes`, `max_loss_increase`, `rank` and `plan`; without any, `keep=0.8`.
+    The budget is one of `keep`, `bytes`, `bits`, `max_loss_increase`, `rank` and `plan`; without any, `keep=0.8`.
+    Bytes, bits and a limit on the loss are shared out over bits and ranks, `keep` over ranks alone, unless `allow`
+    says otherwise.
 
     Args:
         model: A transformers model, dense or already compressed.
         tokenizer: Its tokenizer; needed if `text` is text, not tokens.
         keep: Fraction of the sites' parameters to keep, in (0, 1].
         bytes: Bytes of the whole model, such as `120_000_000` or `"120MB"`.
+        bits: Average bits of a weight of the sites, counting scales and everything else that is stored for them.
         max_loss_increase: Make the smallest model whose held-out loss increases by at most this, in nats per token.
         rank: One rank for all sites.
         plan: A plan whose forms and ranks are carried out as they are.
@@ -78,6 +88,7 @@ def compress(  # noqa: PLR0913
         method: A key of `rankfold.factorization.METHODS`; without it that of the plan, or `kfac`.
         allocation: A key of `rankfold.allocation.ALLOCATIONS`; by default the one that suits method and budget.
         form: A key of `rankfold.modules.FORMS`; by default the method's own.
+        allow: What the budget may be spent on: `rank`, `bits`, or both (`"rank,bits"`).
         multiple: Ranks are rounded down to a multiple of this.
         rounds: Rounds after the first in which statistics are re-measured, for ordered methods.
         drift: Share of the drift that is corrected, 0 to 1, for ordered methods.
@@ -101,12 +112,14 @@ def compress(  # noqa: PLR0913
             "A plan is carried out by factorize(model, plan, statistics), or by compress(model, tokenizer, plan=plan), "
             "which measures what it needs."
         )
-    budget = Budget(keep=keep, bytes=bytes, max_loss_increase=max_loss_increase, rank=rank, plan=plan)
+    budget = Budget(keep=keep, bytes=bytes, bits=bits, max_loss_increase=max_loss_increase, rank=rank, plan=plan)
     if plan is not None:
         method, sites = _of_plan(plan, method, sites)
+    ways = allow.split(",") if isinstance(allow, str) else allow
     settings = Settings(
-        method=method or "kfac", allocation=allocation, form=form, multiple=multiple, rounds=rounds, drift=drift,
-        refine=refine, refine_toward=refine_toward, labels=labels, seed=seed,
+        method=method or "kfac", allocation=allocation, form=form, allow=None if ways is None else tuple(ways),
+        multiple=multiple, rounds=rounds, drift=drift, refine=refine, refine_toward=refine_toward, labels=labels,
+        seed=seed,
     )  # fmt: skip
     chosen = _chosen(model, sites)
     settings.check(model, chosen, budget)
@@ -187,6 +200,10 @@ class _Compression:
         def allocated(losses: Mapping[str, Sequence[float]] | None) -> Plan:
             return replace(self._allocated(keep, losses), calibration=facts)
 
+        if "bits" in settings.ways(self.budget):
+            visits = (settings.rounds + 1) * 2 * blocks + (6 * blocks if settings.drift else 0)
+            advance = self.stage(f"{title}measuring inputs and gradients", visits * len(batches))
+            return self._shared(keep, facts, advance)
         if gradients and settings.entry.ordered is not None:
             visits = (settings.rounds + 1) * 2 * blocks + (6 * blocks if settings.drift else 0)
             return compress_in_rounds(
@@ -204,6 +221,24 @@ class _Compression:
             advance = self.stage(f"{title}blocks x batches", (blocks + 1) * len(batches))
             return factorize_blocks(model, allocated(None), self.sites, batches, advance)
         return factorize(model, allocated(None), on_step=self.stage(f"{title}sites", len(self.sites)))
+
+    def _shared(self, keep: float | None, facts: Mapping[str, Any], on_step: Step) -> Plan:
+        """Compress once, the budget shared out over bits and ranks."""
+        settings = self.settings
+
+        def allocated(losses: Mapping[str, WidthLosses]) -> Plan:
+            ways = settings.ways(self.budget)
+            chosen = allocate(
+                self.sites, keep=keep, losses=losses, allow=ways, multiple=settings.multiple, seed=settings.seed
+            )
+            uniform = uniform_widths(self.sites, losses)
+            return replace(chosen, calibration={**facts, "allow": ",".join(ways), "uniform": uniform})
+
+        loss = summed_loss(self.model, self.labels, settings.seed)
+        return compress_in_bits(
+            self.model, self.sites, self.batches, loss=loss, allocate=allocated, rounds=settings.rounds,
+            drift=settings.drift, on_step=on_step,
+        )  # fmt: skip
 
     def _allocated(self, keep: float | None, losses: Mapping[str, Sequence[float]] | None) -> Plan:
         """The plan for a budget; a given plan with what is predicted of it now."""
@@ -227,13 +262,15 @@ class _Compression:
         assert held_out is not None, "a limit on the loss is verified on held-out text"
         before = next_token_quality(model, held_out).loss
         earlier = getattr(model.config, "rankfold", None)
-        low, high = 0.0, 1.0
+        shares_bits = "bits" in self.settings.ways(self.budget)
+        # Bits are few or many by factors, parameters by differences.
+        low, high = (FEWEST_BYTES if shares_bits else 0.0), 1.0
         best: float | None = None
         rise = 0.0
         tried: float | None = None
         plan: Plan | None = None
         for number in range(1, SEARCH_STEPS + 1):
-            middle = (low + high) / 2
+            middle = math.sqrt(low * high) if shares_bits else (low + high) / 2
             try:
                 plan, tried = self.attempt(middle, f"try {number} of {SEARCH_STEPS}, keep {middle:.3f}: "), middle
                 rise = next_token_quality(model, held_out).loss - before

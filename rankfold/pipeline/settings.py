@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankfold.allocation import ALLOCATIONS, allocate, form_for
+import numpy as np
+
+from rankfold.allocation import ALLOCATIONS, MULTIPLE, WAYS, WidthLosses, allocate, check_ways, form_for
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS, Method
 from rankfold.pipeline.budget import Budget
 from rankfold.plan import Plan
+from rankfold.quantization import WIDTHS
 from rankfold.sites import Site
 
 REFINE_TOWARD = ("predictions", "block")
@@ -33,6 +36,8 @@ class Settings:
     """A key of `rankfold.allocation.ALLOCATIONS`; without it the one that suits method and budget."""
     form: str | None = None
     """A key of `rankfold.modules.FORMS`; without it the method's own."""
+    allow: tuple[str, ...] | None = None
+    """What the budget may be spent on (`rankfold.allocation.WAYS`); without it what suits method and budget."""
     multiple: int = 1
     """Ranks are lowered to a multiple of this."""
     rounds: int = ROUNDS
@@ -55,6 +60,14 @@ class Settings:
             if value not in known:
                 raise InputError(f"`{what}` must be one of {', '.join(known)}, but got {value!r}.")
         form_for(self.method, self.form)
+        if self.allow is not None:
+            check_ways(self.allow)
+        if self.shares_bits is None and "bits" in (self.allow or ()):
+            raise InputError(
+                "Bits are shared out by the predicted losses of kfac and a knapsack, in forms of their own and without "
+                f"refinement, but got the method {self.method}, the allocation {self.allocation}, the form {self.form} "
+                f"and {self.refine} steps of refinement. Leave these out, or `allow` rank alone."
+            )
         if self.rounds < 0 or not 0 <= self.drift <= 1 or self.multiple < 1 or self.refine < 0:
             raise InputError(
                 "`rounds` and `refine` must be >= 0, `drift` in [0, 1] and `multiple` >= 1, but got "
@@ -65,6 +78,19 @@ class Settings:
     def entry(self) -> Method:
         """What the method offers."""
         return METHODS[self.method]
+
+    @property
+    def shares_bits(self) -> bool | None:
+        """Whether bits may be shared out; `None` where the other settings rule it out."""
+        fits = self.method == "kfac" and self.allocation in (None, "knapsack") and not self.form and not self.refine
+        return None if not fits else self.allow is None or "bits" in self.allow
+
+    def ways(self, budget: Budget) -> tuple[str, ...]:
+        """What a budget is spent on: bits too where it speaks of bytes, bits or the loss, unless told otherwise."""
+        if self.allow is not None:
+            return check_ways(self.allow)
+        in_ranks = budget.keep is not None or budget.rank is not None or budget.plan is not None
+        return WAYS if self.shares_bits and not in_ranks else ("rank",)
 
     def ranks_by(self, budget: Budget) -> str:
         """The allocation, by default the one that suits method and budget."""
@@ -103,6 +129,12 @@ class Settings:
         """
         if budget.plan is not None:
             _check_plan(budget.plan, sites)
+        elif "bits" in self.ways(budget):
+            if budget.rank is not None:
+                raise InputError("A `rank` leaves no budget over bits. Give `bits`, `bytes`, `keep` or a limit.")
+            if budget.max_loss_increase is None:
+                keep = budget.keep_of(model, sites)
+                allocate(sites, keep=keep, losses=_even(sites), allow=self.ways(budget), multiple=self.multiple)
         elif budget.max_loss_increase is None:
             even = {site.name: [1.0] * min(site.out_features, site.in_features) + [0.0] for site in sites}
             allocate(sites, **self.choice(budget, budget.keep_of(model, sites)), losses=even)
@@ -112,6 +144,12 @@ class Settings:
                 f"`max_loss_increase` is measured on the next-token loss, which a {type(model).__name__} does not "
                 "have. Give `keep` or `bytes`."
             )
+
+
+def _even(sites: Sequence[Site]) -> dict[str, WidthLosses]:
+    """Losses that tell nothing apart, to see whether a budget can be met."""
+    curves = {site.name: np.ones(min(site.out_features, site.in_features) // MULTIPLE + 1) for site in sites}
+    return {name: WidthLosses(curve, dict.fromkeys(WIDTHS, curve)) for name, curve in curves.items()}
 
 
 def _check_plan(plan: Plan, sites: Sequence[Site]) -> None:

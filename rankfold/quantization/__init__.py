@@ -2,15 +2,24 @@
 
 from rankfold.modules.storages import QUANTIZERS, Quantizer, quantizer_at, settings_for
 from rankfold.quantization.blocks import quantize_blocks
+from rankfold.quantization.gptq import Groups, Levels, gptq, gptq_linear
 from rankfold.quantization.library import Summary, pad_ranks, quantize_by_library
+from rankfold.quantization.shared_budget import WIDTHS, compress_in_bits, fit, store_quantizations, width_losses
 from rankfold.quantization.spqr import Grid, Quantized, spqr, spqr_linear
 
 __all__ = [
     "QUANTIZERS",
+    "WIDTHS",
     "Grid",
+    "Groups",
+    "Levels",
     "Quantized",
     "Quantizer",
     "Summary",
+    "compress_in_bits",
+    "fit",
+    "gptq",
+    "gptq_linear",
     "pad_ranks",
     "quantize_blocks",
     "quantize_by_library",
@@ -18,4 +27,6 @@ __all__ = [
     "settings_for",
     "spqr",
     "spqr_linear",
+    "store_quantizations",
+    "width_losses",
 ]

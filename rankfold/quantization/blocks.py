@@ -79,7 +79,7 @@ def quantize_blocks(
     if not hasattr(model.config, "rankfold"):
         adopt(model, Plan(options=(), method="", versions=versions()))
     stored = {"scheme": scheme, "settings": asdict(settings), "modules": kept}
-    model.config.rankfold = {**model.config.rankfold, "quantization": stored}
+    model.config.rankfold = {**model.config.rankfold, "quantization": [stored]}
     model.train(training)
     return bits
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import InputError
-from rankfold.modules import FactorizedLinear, LinearStack, is_linear, linear_shape
+from rankfold.modules import FactorizedLinear, LinearStack, QuantizedLinear, is_linear, linear_shape
 from rankfold.sites.fused import fused_parts
 from rankfold.sites.site import Site, Sites, Skipped
 from rankfold.sites.text_inputs import example_ids, has_other_inputs, text_arguments, text_config
@@ -126,7 +126,7 @@ def block_paths(model: nn.Module) -> list[str]:
     linears = {
         name: module
         for name, module in model.named_modules()
-        if is_linear(module) or isinstance(module, (FactorizedLinear, LinearStack))
+        if is_linear(module) or isinstance(module, (FactorizedLinear, LinearStack, QuantizedLinear))
     }
     return _blocks(model, linears)
 

@@ -100,7 +100,7 @@ def test_sites_without_a_prediction_stay_dense() -> None:
     ("settings", "message"),
     [
         ({"keep": 0.001}, "must allow at least"),
-        ({"rank": 4}, "pass keep instead of a rank"),
+        ({"rank": 4}, "pass `keep` instead of a `rank`"),
         ({"keep": 0.5, "losses": None}, "needs predicted losses"),
         ({"keep": 0.5, "price": "euros"}, "counted in parameters or bytes"),
         ({"keep": 0.5, "form": "tucker"}, "low_rank or pivoted, but got the form 'tucker'"),

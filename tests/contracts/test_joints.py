@@ -158,7 +158,9 @@ def test_a_new_form_is_one_object(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_an_unknown_form_is_an_error_everywhere() -> None:
-    with pytest.raises(ValueError, match="A form must be `dense` or one of low_rank, tucker, pivoted, adaptive"):
+    with pytest.raises(
+        ValueError, match="A form must be `dense` or one of low_rank, tucker, pivoted, compensated, adaptive"
+    ):
         rankfold.modules.stored_parameters("halves", 4, 4, (1,), False)
     with pytest.raises(ValueError, match="can be stored as low_rank or pivoted, but got the form 'halves'"):
         rankfold.compress(tiny.build("llama"), form="halves")
