@@ -24,6 +24,8 @@ class Statistics(Mapping[str, SiteMoments]):
         """What `calibrate` measured; the model is looked at when losses are asked for."""
         self._model, self._sites, self._moments = model, sites, dict(moments)
         self._losses: dict[str, dict[str, list[float]]] = {}
+        self.kept: dict[str, Any] = {}
+        """What rooms above derive of each site, by its name, so that it is derived once."""
 
     def __getitem__(self, name: str) -> SiteMoments:
         """The moments of a site."""

@@ -103,6 +103,9 @@ class GroupLinear(QuantizedLinear):
         """
         if self.codes.device.type != "cpu" or dtype != torch.bfloat16:
             return None
+        # Other sizes are computed wrongly or end the process (torch 2.13, `_weight_int8pack_mm`).
+        if self.out_features % 16 or self.in_features % 16:
+            return None
         scales, zeros = self.statistics()
         if isinstance(zeros, float):
             if self.bits != 8:
@@ -111,7 +114,7 @@ class GroupLinear(QuantizedLinear):
             each = scales.reshape(-1).expand(self.out_features).to(dtype).contiguous()
             return lambda x: torch._weight_int8pack_mm(x.contiguous(), signed, each)
         fits = self.bits <= 4 and self.group in (32, 64, 128, 256) and self.in_features % self.group == 0
-        if not fits or self.out_features % 16:
+        if not fits:
             return None
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.levels().int(), 2)
         pairs = torch.stack([scales, (8 - zeros) * scales], -1).transpose(0, 1).to(dtype).contiguous()

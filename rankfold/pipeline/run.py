@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rankfold.allocation import BudgetError, WidthLosses, allocate, uniform_widths
-from rankfold.calibration import BUNDLED, Corpus, calibrate, summed_loss, usual_labels
+from rankfold.calibration import BUNDLED, Corpus, Statistics, calibrate, summed_loss, usual_labels
 from rankfold.compression import compress_in_rounds, factorize, factorize_blocks, nest, restore
 from rankfold.errors import InputError
 from rankfold.fingerprint import fingerprint
@@ -60,6 +60,7 @@ def compress(  # noqa: PLR0913
     refine_toward: str = "predictions",
     labels: str | None = None,
     nested: bool = False,
+    statistics: Statistics | None = None,
     seed: int = 0,
     stage: Stage = no_stage,
     work: Path | None = None,
@@ -96,6 +97,7 @@ def compress(  # noqa: PLR0913
         refine_toward: `predictions` of the model, or each `block`'s own output.
         labels: `text` or `sampled`; by default those of the text, if it has any.
         nested: Write one larger model that `rankfold.compression.shrink` cuts to any budget; the budget is ignored.
+        statistics: What `calibrate` measured of the dense model, for several budgets over bits one after another.
         seed: Random seed.
         stage: Opens a stage of work, for progress bars.
         work: Folder in which refined blocks are kept, so that an interrupted run resumes; the caller removes it.
@@ -133,7 +135,12 @@ def compress(  # noqa: PLR0913
     if nested:
         assert reading is not None, "a nested model is measured"
         return _nest(model, chosen, settings, reading, stage)
-    return _Compression(model, chosen, budget, settings, reading, stage).run(work)
+    if statistics is not None and "bits" not in settings.ways(budget):
+        raise InputError(
+            "Statistics are taken over by a budget over bits (`bits`, or `allow`). With others, carry out the steps: "
+            "allocate(sites, statistics, keep=...), factorize(model, plan, statistics)."
+        )
+    return _Compression(model, chosen, budget, settings, reading, stage, statistics).run(work)
 
 
 def _chosen(model: Any, sites: Sequence[str | Site] | None) -> Sites:
@@ -161,8 +168,16 @@ class _Compression:
     """One compression of a model, in place."""
 
     def __init__(
-        self, model: Any, sites: Sites, budget: Budget, settings: Settings, reading: Reading | None, stage: Stage
+        self,
+        model: Any,
+        sites: Sites,
+        budget: Budget,
+        settings: Settings,
+        reading: Reading | None,
+        stage: Stage,
+        statistics: Statistics | None = None,
     ) -> None:
+        self.statistics = statistics
         self.model, self.sites, self.budget, self.settings = model, sites, budget, settings
         self.reading, self.stage = reading, stage
         self.batches: list[dict[str, Tensor]] = [] if reading is None else reading.batches
@@ -237,7 +252,7 @@ class _Compression:
         loss = summed_loss(self.model, self.labels, settings.seed)
         return compress_in_bits(
             self.model, self.sites, self.batches, loss=loss, allocate=allocated, rounds=settings.rounds,
-            drift=settings.drift, on_step=on_step,
+            drift=settings.drift, statistics=self.statistics, on_step=on_step,
         )  # fmt: skip
 
     def _allocated(self, keep: float | None, losses: Mapping[str, Sequence[float]] | None) -> Plan:

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.allocation import MULTIPLE, WidthLosses
-from rankfold.calibration import Loss, calibrate_blocks, is_reached
+from rankfold.calibration import BlockMoments, Loss, Statistics, calibrate_blocks, is_reached
 from rankfold.compression import Streams, finish, fit_along
+from rankfold.errors import InputError
 from rankfold.factorization import SiteMoments, ordered_kfac, predicted_loss
 from rankfold.modules import (
     WHOLE_MATRIX,
@@ -26,6 +27,7 @@ from rankfold.modules import (
     linear_at,
     matrix_of,
     set_matrix,
+    use_eager_experts,
 )
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Step, no_step
@@ -194,6 +196,7 @@ def compress_in_bits(  # noqa: PLR0913
     allocate: Allocate,
     rounds: int = 0,
     drift: float = 0.5,
+    statistics: Statistics | None = None,
     on_step: Step = no_step,
 ) -> Plan:
     """Share one budget over bits and ranks, in place, each layer fitted to what the compressed ones before it give.
@@ -206,6 +209,8 @@ def compress_in_bits(  # noqa: PLR0913
         allocate: Chooses among options by their predicted losses.
         rounds: Rounds after the first in which statistics are measured again, and options chosen anew.
         drift: Share of the drift that is corrected, 0 to 1.
+        statistics: What `calibrate` measured of the dense model, in place of the first measuring; what is derived of
+            it is kept there, so that the next budget costs less.
         on_step: Called after each batch has passed a block.
 
     Returns:
@@ -219,13 +224,19 @@ def compress_in_bits(  # noqa: PLR0913
     for number in range(rounds + 1):
         losses: dict[str, WidthLosses] = {}
         measured: dict[str, SiteMoments] = {}
-        for block in calibrate_blocks(model, sites, batches, on_step, loss):
+        known = statistics if number == 0 else None
+        kept = {} if known is None else known.kept
+        found = (
+            calibrate_blocks(model, sites, batches, on_step, loss) if known is None else [_given(model, sites, known)]
+        )
+        for block in found:
             for name, moments in block.moments.items():
                 dense.setdefault(name, linear_at(model, name))
                 if is_reached(moments, gradients=True):
                     W, b = matrix_of(dense[name])
-                    losses[name] = _named(name, partial(width_losses, W, moments, centred=b is not None))
-                    measured[name] = moments
+                    if name not in kept:
+                        kept[name] = _named(name, partial(width_losses, W, moments, centred=b is not None))
+                    losses[name], measured[name] = kept[name], moments
         plan = allocate(losses)
         for name, layer in dense.items():
             model.set_submodule(name, layer)
@@ -235,6 +246,18 @@ def compress_in_bits(  # noqa: PLR0913
     plan = finish(model, replace(plan, calibration=facts))
     store_quantizations(model)
     return plan
+
+
+def _given(model: Any, sites: Sequence[Site], statistics: Statistics) -> BlockMoments:
+    """Statistics that were measured before, as those of one block."""
+    missing = [site.name for site in sites if site.name not in statistics]
+    if missing or not statistics.have_gradients:
+        raise InputError(
+            f"{missing[0] if missing else sites[0].name}: the statistics must hold moments of inputs and gradients of "
+            "every site, but do not. Calibrate these sites with a loss: calibrate(model, sites, batches)."
+        )
+    use_eager_experts(model)
+    return BlockMoments(None, {site.name: statistics[site.name] for site in sites})
 
 
 def _named(name: str, make: Callable[[], Any]) -> Any:
