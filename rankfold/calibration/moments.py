@@ -43,18 +43,31 @@ class MomentAccumulator:
         self._fourth = torch.zeros((), dtype=torch.float64, device=device)
         self._sum = torch.zeros(size, dtype=torch.float64, device=device)
         self._second = torch.zeros(size, size, dtype=torch.float64, device=device)
+        # Of every sequence: the squares off the diagonal of the sum of its products.
+        self._squares = torch.zeros((), dtype=torch.float64, device=device)
+        self._sequences = 0
 
     def update(self, x: Float[Tensor, "*batch size"]) -> None:
-        """Take in every vector along the last axis."""
-        rows = x.detach().reshape(-1, x.shape[-1])
+        """Take in every vector along the last axis; what stands before the last two axes tells sequences apart."""
+        x = x.detach()
+        for sequence in x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else [x.reshape(-1, x.shape[-1])]:
+            product = self._product(sequence)
+            self._second += product
+            self._squares += product.square().sum() - product.diagonal().square().sum()
+            self._sequences += 1
+
+    def _product(self, rows: Float[Tensor, "rows size"]) -> Float[Tensor, "size size"]:
+        """The sum of the products of some vectors, which are counted."""
         self.count += len(rows)
+        product = torch.zeros_like(self._second)
         for chunk in torch.split(rows, _CHUNK):
             exact = chunk if chunk.dtype == torch.float64 else chunk.float()
-            self._second += exact.T @ exact
+            product += exact.T @ exact
             self._sum += exact.sum(0, dtype=torch.float64)
             squares = exact.square().sum(1, dtype=torch.float64)
             self._third += squares.to(exact.dtype) @ exact
             self._fourth += squares.square().sum()
+        return product
 
     def moments(self) -> Moments:
         """Moments over everything taken in; the accumulator is used up.
@@ -69,7 +82,17 @@ class MomentAccumulator:
                 "The values and gradients that flow through this layer must be finite, but some are NaN or infinite. "
                 "Check that the weights are finite, and load a float16 model with `dtype` bfloat16 or float32."
             )
-        return Moments(self.count, self._sum / count, second, float(self._fourth) / count, self._third / count)
+        third = self._third / count
+        return Moments(self.count, self._sum / count, second, float(self._fourth) / count, third, self._spread(second))
+
+    def _spread(self, second: Float[Tensor, "size size"]) -> float | None:
+        """Variance of the mean of the sequences' moments off the diagonal, sequences being of about one length."""
+        number = self._sequences
+        if number < 2 or not self.count:
+            return None
+        own = float(self._squares) * (number / self.count) ** 2
+        whole = float(second.square().sum() - second.diagonal().square().sum())
+        return max(0.0, own - number * whole) / (number * (number - 1))
 
 
 class BlockMoments(NamedTuple):

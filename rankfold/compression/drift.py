@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankfold.calibration import BlockStep, walk_body
+from rankfold.calibration import BlockStep, MomentAccumulator, walk_body
 from rankfold.factorization import Moments, Ordered
 from rankfold.modules import factorized_module, linear_at, matrix_of, put, set_matrix
 from rankfold.plan import DENSE, Option, Plan
@@ -120,24 +120,16 @@ class Streams(NamedTuple):
 
     cross: Float[Tensor, "in in"]
     """`E[x x'^T]`."""
-    second: Float[Tensor, "in in"]
-    """`E[x' x'^T]`."""
     mean: Float[Tensor, " in"]
-    drifted_mean: Float[Tensor, " in"]
-    fourth: float
-    """`E[|x'|^4]`."""
-    vectors: int
-
-    def moments(self) -> Moments:
-        """The moments of what the compressed model feeds the site."""
-        return Moments(self.vectors, self.drifted_mean, self.second, self.fourth)
+    drifted: Moments
+    """Of `x'`, what the compressed model feeds the site."""
 
     def correction(self, weight: Float[Tensor, "out in"], centred: bool) -> Float[Tensor, "out in"]:
         """What to add to a weight so that it predicts the dense output from drifted inputs."""
-        cross, second = self.cross, self.second
+        cross, second = self.cross, self.drifted.second
         if centred:
-            cross = cross - torch.outer(self.mean, self.drifted_mean)
-            second = second - torch.outer(self.drifted_mean, self.drifted_mean)
+            cross = cross - torch.outer(self.mean, self.drifted.mean)
+            second = self.drifted.covariance
         damping = DAMPING * second.diagonal().mean().clamp(min=torch.finfo(second.dtype).tiny)
         second = second + damping * torch.eye(len(second), dtype=second.dtype, device=second.device)
         shift = torch.linalg.solve(second, (cross - second + damping * torch.eye(len(second)).to(second)).T).T
@@ -186,8 +178,10 @@ def _streams(
         seen.append(args[0])
         raise _SeenError
 
-    sums: list[Any] = [0.0, 0.0, 0.0, 0.0, 0.0]
+    cross: Any = 0.0
+    mean: Any = 0.0
     count = 0
+    drifted: MomentAccumulator | None = None
     for calls in zip(*(step.calls for step in steps), strict=True):
         seen.clear()
         for call, modules in zip(calls, inside, strict=True):
@@ -200,14 +194,15 @@ def _streams(
         hidden = call.args[0] if call.args else call.kwargs["hidden_states"]
         if [x.numel() // x.shape[-1] for x in seen] != 2 * [hidden.shape[:-1].numel()]:
             return None
+        drifted = drifted or MomentAccumulator(seen[1].shape[-1], seen[1].device)
+        drifted.update(seen[1])
         x, y = (rows.reshape(-1, rows.shape[-1]).float() for rows in seen)
         count += len(x)
-        fourth = y.square().sum(1).double().square().sum()
-        for index, part in enumerate((x.T @ y, y.T @ y, x.sum(0), y.sum(0), fourth)):
-            sums[index] = sums[index] + part.double()
+        cross = cross + (x.T @ y).double()
+        mean = mean + x.sum(0).double()
         on_step()
-    cross, second, mean, drifted_mean, fourth = (total / count for total in sums)
-    return Streams(cross, second, mean, drifted_mean, float(fourth), count)
+    assert drifted is not None, "there is at least one batch"
+    return Streams(cross / count, mean / count, drifted.moments())
 
 
 def _corrected(
@@ -225,8 +220,8 @@ def _corrected(
         product = factors.up @ factors.down
         module = None
     if b is not None:
-        aim = share * streams.mean + (1 - share) * streams.drifted_mean
-        b = b + (W.double() @ aim - product.double() @ streams.drifted_mean).to(b.dtype)
+        aim = share * streams.mean + (1 - share) * streams.drifted.mean
+        b = b + (W.double() @ aim - product.double() @ streams.drifted.mean).to(b.dtype)
     if module is not None:
         if b is not None:
             module.bias.copy_(b)

@@ -23,6 +23,23 @@ class Moments(NamedTuple):
     """`E[|x|^4]`: how far single vectors lie from the moment, from which its sampling error is estimated."""
     third: Float[Tensor, " size"] | None = None
     """`E[|x|^2 x]`, from which that of the centred moment follows."""
+    spread: float | int | None = None
+    """Sampling variance of the entries of `second` off its diagonal, summed, as whole sequences vary; `None` with one.
+    Vectors of one sequence are alike: to count them as independent would promise too much."""
+
+    @property
+    def noise(self) -> float:
+        """Share of the entries off the diagonal that is sampling error, 0 to 1 (Ledoit and Wolf 2004)."""
+        off = float(self.second.square().sum() - self.second.diagonal().square().sum())
+        if self.spread is None or off <= 0:
+            return 0.0
+        return min(1.0, self.spread / off)
+
+    @property
+    def trusted(self) -> Float[Tensor, "size size"]:
+        """The second moment, drawn towards its diagonal by the share of it that is sampling error."""
+        share = self.noise
+        return (1 - share) * self.second + share * torch.diag(self.second.diagonal())
 
     @property
     def covariance(self) -> Float[Tensor, "size size"]:
@@ -35,7 +52,8 @@ class Moments(NamedTuple):
         third = self.third if self.third is not None else torch.zeros_like(mu)
         fourth = self.fourth - 4 * float(third @ mu) + 4 * float(mu @ self.second @ mu)
         fourth += 2 * square * float(self.second.diagonal().sum()) - 3 * square**2
-        return Moments(self.vectors, torch.zeros_like(mu), self.covariance, fourth if self.third is not None else 0)
+        fourth = fourth if self.third is not None else 0
+        return Moments(self.vectors, torch.zeros_like(mu), self.covariance, fourth, spread=self.spread)
 
 
 class SiteMoments(NamedTuple):

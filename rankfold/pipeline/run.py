@@ -19,7 +19,7 @@ from rankfold.fingerprint import fingerprint
 from rankfold.modules import linear_at, use_eager_experts
 from rankfold.pipeline.budget import Budget
 from rankfold.pipeline.reading import Reading, read_text
-from rankfold.pipeline.settings import DRIFT, ROUNDS, Settings
+from rankfold.pipeline.settings import DRIFT, Settings
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Stage, Step, no_stage
 from rankfold.quality import next_token_quality
@@ -54,7 +54,7 @@ def compress(  # noqa: PLR0913
     form: str | None = None,
     allow: str | Sequence[str] | None = None,
     multiple: int = 1,
-    rounds: int = ROUNDS,
+    rounds: int | None = None,
     drift: float = DRIFT,
     refine: int = 0,
     refine_toward: str = "predictions",
@@ -91,7 +91,8 @@ def compress(  # noqa: PLR0913
         form: A key of `rankfold.modules.FORMS`; by default the method's own.
         allow: What the budget may be spent on: `rank`, `bits`, or both (`"rank,bits"`).
         multiple: Ranks are rounded down to a multiple of this.
-        rounds: Rounds after the first in which statistics are re-measured, for ordered methods.
+        rounds: Rounds after the first in which statistics are re-measured, for ordered methods; by default 2, or none
+            where bits are shared out.
         drift: Share of the drift that is corrected, 0 to 1, for ordered methods.
         refine: Gradient steps on each block after its factorization.
         refine_toward: `predictions` of the model, or each `block`'s own output.
@@ -206,6 +207,7 @@ class _Compression:
     def attempt(self, keep: float | None, title: str) -> Plan:
         """Compress once."""
         model, settings, batches = self.model, self.settings, self.batches
+        rounds = settings.rounds_for(self.budget)
         blocks = len({site.block for site in self.sites if site.block})
         facts = {} if self.reading is None else dict(self.reading.facts)
         gradients = settings.needs_gradients(self.budget)
@@ -216,14 +218,14 @@ class _Compression:
             return replace(self._allocated(keep, losses), calibration=facts)
 
         if "bits" in settings.ways(self.budget):
-            visits = (settings.rounds + 1) * 2 * blocks + (6 * blocks if settings.drift else 0)
+            visits = (rounds + 1) * 2 * blocks + (6 * blocks if settings.drift else 0)
             advance = self.stage(f"{title}measuring inputs and gradients", visits * len(batches))
             return self._shared(keep, facts, advance)
         if gradients and settings.entry.ordered is not None:
-            visits = (settings.rounds + 1) * 2 * blocks + (6 * blocks if settings.drift else 0)
+            visits = (rounds + 1) * 2 * blocks + (6 * blocks if settings.drift else 0)
             return compress_in_rounds(
                 model, self.sites, batches, loss=summed_loss(model, self.labels, settings.seed), allocate=allocated,
-                method=settings.method, rounds=settings.rounds, drift=settings.drift,
+                method=settings.method, rounds=rounds, drift=settings.drift,
                 on_step=self.stage(f"{title}measuring inputs and gradients", visits * len(batches)),
             )  # fmt: skip
         if gradients:
@@ -240,6 +242,7 @@ class _Compression:
     def _shared(self, keep: float | None, facts: Mapping[str, Any], on_step: Step) -> Plan:
         """Compress once, the budget shared out over bits and ranks."""
         settings = self.settings
+        rounds = settings.rounds_for(self.budget)
 
         def allocated(losses: Mapping[str, WidthLosses]) -> Plan:
             ways = settings.ways(self.budget)
@@ -251,7 +254,7 @@ class _Compression:
 
         loss = summed_loss(self.model, self.labels, settings.seed)
         return compress_in_bits(
-            self.model, self.sites, self.batches, loss=loss, allocate=allocated, rounds=settings.rounds,
+            self.model, self.sites, self.batches, loss=loss, allocate=allocated, rounds=rounds,
             drift=settings.drift, statistics=self.statistics, on_step=on_step,
         )  # fmt: skip
 

@@ -22,6 +22,9 @@ REFINE_TOWARD = ("predictions", "block")
 ROUNDS = 2
 """Rounds after the first in which statistics are measured again, unless a caller says otherwise."""
 
+ROUNDS_IN_BITS = 0
+"""The same where bits are shared out too."""
+
 DRIFT = 0.5
 """Share of the drift that is corrected, unless a caller says otherwise."""
 
@@ -40,8 +43,9 @@ class Settings:
     """What the budget may be spent on (`rankfold.allocation.WAYS`); without it what suits method and budget."""
     multiple: int = 1
     """Ranks are lowered to a multiple of this."""
-    rounds: int = ROUNDS
-    """Rounds after the first in which statistics are measured again, for methods that are ordered."""
+    rounds: int | None = None
+    """Rounds after the first in which statistics are measured again, for methods that are ordered; by default `ROUNDS`
+    or, where bits are shared out, `ROUNDS_IN_BITS`."""
     drift: float = DRIFT
     """Share of the drift that is corrected, 0 to 1, for the same."""
     refine: int = 0
@@ -68,7 +72,7 @@ class Settings:
                 f"refinement, but got the method {self.method}, the allocation {self.allocation}, the form {self.form} "
                 f"and {self.refine} steps of refinement. Leave these out, or `allow` rank alone."
             )
-        if self.rounds < 0 or not 0 <= self.drift <= 1 or self.multiple < 1 or self.refine < 0:
+        if (self.rounds or 0) < 0 or not 0 <= self.drift <= 1 or self.multiple < 1 or self.refine < 0:
             raise InputError(
                 "`rounds` and `refine` must be >= 0, `drift` in [0, 1] and `multiple` >= 1, but got "
                 f"{self.rounds}, {self.refine}, {self.drift:g} and {self.multiple}."
@@ -91,6 +95,12 @@ class Settings:
             return check_ways(self.allow)
         in_ranks = budget.keep is not None or budget.rank is not None or budget.plan is not None
         return WAYS if self.shares_bits and not in_ranks else ("rank",)
+
+    def rounds_for(self, budget: Budget) -> int:
+        """Rounds after the first: those asked for, or those that pay for what the budget is spent on (docs/log.md)."""
+        if self.rounds is not None:
+            return self.rounds
+        return ROUNDS_IN_BITS if "bits" in self.ways(budget) else ROUNDS
 
     def ranks_by(self, budget: Budget) -> str:
         """The allocation, by default the one that suits method and budget."""

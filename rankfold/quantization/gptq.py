@@ -21,7 +21,10 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 """Shares of a group's range that are tried; a little is often cut off for finer steps."""
 
 DAMPING = 0.01
-"""Share of the mean input power that is added to every input's, so that the moment can be inverted."""
+"""Share of the mean power that is added to that of every direction, so that a moment can be inverted."""
+
+DAMPING_OF_BOTH = 0.03
+"""The same where both moments are inverted (docs/log.md)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def gptq(
     Columns are rounded in the order of falling input power, and the error of each is compensated in those after it by
     way of the inverse moment (docs/mathematics.md, eq. 11). With a moment of the loss's gradients at the outputs the
     errors of a column are compensated in its later rows too, so that what falls is the predicted loss, not the error
-    of the outputs (Tseng et al. 2025, arXiv:2505.22988; eq. 17). Ranges of groups are searched on the weights as they
+    of the outputs (Tseng et al. 2025, arXiv:2505.22988; eq. 13). Ranges of groups are searched on the weights as they
     are, and an error counts by how little can be compensated.
 
     Args:
@@ -111,7 +114,8 @@ def gptq_widths(
     W = weight.float()
     rows, columns = W.shape
     across = second.diagonal().argsort(descending=True).to(W.device)
-    S = _inverse_factor(second.to(W.device)[across][:, across]).float()
+    damping = DAMPING if outputs is None else DAMPING_OF_BOTH
+    S = _inverse_factor(second.to(W.device)[across][:, across], damping).float()
     power = torch.empty_like(S[0])
     power[across] = S.diagonal().square()
     top = 2.0 ** torch.tensor(list(widths), device=W.device) - 1
@@ -127,7 +131,7 @@ def gptq_widths(
         codes = _round_columns(problem, S)
     else:
         down = outputs.diagonal().argsort(descending=True).to(W.device)
-        G = _inverse_factor(outputs.to(W.device)[down][:, down]).float()
+        G = _inverse_factor(outputs.to(W.device)[down][:, down], damping).float()
         problem = _Problem(W[down][:, across], scales[:, down][:, :, where], zeros[:, down][:, :, where], top)
         # The same the other way round, which is cheaper where it is long.
         turned = rows > columns
@@ -215,10 +219,10 @@ def _round_both_ways(
     return codes
 
 
-def _inverse_factor(second: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+def _inverse_factor(second: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
     """Upper Cholesky factor of the inverse of the damped moment, in float64."""
     S = second.double().clone()
-    S.diagonal().add_(DAMPING * (float(S.diagonal().mean()) or 1.0))
+    S.diagonal().add_(damping * (float(S.diagonal().mean()) or 1.0))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(S))
     factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor

@@ -57,7 +57,7 @@ def width_losses(
     """Predicted rise of the loss of a matrix in every width, alone and with the best compensation of every rank.
 
     Of the error `D` of a rounded matrix the best compensation of rank `r` leaves the squared singular values of
-    `G^(1/2) D S^(1/2)` after the first `r`, half of whose sum is the loss that remains (docs/mathematics.md, eq. 16).
+    `G^(1/2) D S^(1/2)` after the first `r`, half of whose sum is the loss that remains (docs/mathematics.md, eq. 12).
 
     Args:
         weight: The matrix.
@@ -65,21 +65,32 @@ def width_losses(
         widths: Bits and size of groups to try.
         centred: Whether a bias keeps the mean output.
     """
-    assert moments.inputs is not None and moments.gradients is not None, "losses need both moments"  # noqa: PT018
     W = weight.float()
+    moments = _trusting(moments, centred)
+    assert moments.inputs is not None and moments.gradients is not None, "losses need both moments"  # noqa: PT018
     S, G = moments.inputs.second, moments.gradients.second
     rounded: dict[tuple[int, int], Tensor] = {}
     for group in dict.fromkeys(group for _, group in widths):
         bits = [width for width, size in widths if size == group]
         found = gptq_widths(W, S, [width for width in bits if width <= TRIED], group, G)
         rounded |= {(width, group): levels.matrix(group) for width, levels in found.items()}
-    priced = moments.inputs.covariance if centred else S
-    tail = _Tails(priced.to(W.device), G.to(W.device), 0.5 * moments.share)
+    tail = _Tails(S.to(W.device), G.to(W.device), 0.5 * moments.share)
     curves = {width: tail(W - matrix) for width, matrix in rounded.items()}
     for width, group in widths:
         if width > TRIED:
             curves[width, group] = curves[TRIED, group] * ((2**TRIED - 1) / (2**width - 1)) ** 2
     return WidthLosses(tail(W), curves)
+
+
+def _trusting(moments: SiteMoments, centred: bool) -> SiteMoments:
+    """Moments drawn away from their sampling error, which makes cheap what is only misjudged."""
+    inputs, gradients = moments.inputs, moments.gradients
+    if inputs is not None:
+        inputs = inputs.centred() if centred else inputs
+        inputs = inputs._replace(second=inputs.trusted)
+    if gradients is not None:
+        gradients = gradients._replace(second=gradients.trusted)
+    return moments._replace(inputs=inputs, gradients=gradients)
 
 
 class _Tails:
@@ -109,7 +120,9 @@ class Fitted(NamedTuple):
 
 
 @torch.no_grad()
-def fit(weight: Float[Tensor, "out in"], moments: SiteMoments, option: Option, dtype: torch.dtype) -> Fitted:
+def fit(
+    weight: Float[Tensor, "out in"], moments: SiteMoments, option: Option, dtype: torch.dtype, centred: bool = False
+) -> Fitted:
     """A matrix in the bits and the rank of an option, without a bias.
 
     Args:
@@ -117,7 +130,9 @@ def fit(weight: Float[Tensor, "out in"], moments: SiteMoments, option: Option, d
         moments: Of the inputs that it will read, and of the gradients at its outputs.
         option: Its form, ranks and bits.
         dtype: In which the layer computes.
+        centred: Whether a bias keeps the mean output.
     """
+    moments = _trusting(moments, centred)
     assert moments.inputs is not None, "moments of the inputs"
     S = moments.inputs.second
     G = None if moments.gradients is None else moments.gradients.second
@@ -290,19 +305,21 @@ def _carried_out(  # noqa: PLR0913, PLR0917
         target, moments = W, measured.get(site.name, SiteMoments())
         if streams is not None:
             target = W + drift * streams.correction(W, centred=bias is not None)
-            moments = moments._replace(inputs=streams.moments())
+            moments = moments._replace(inputs=streams.drifted)
         if not option.changes:
             layer, matrix = copy.deepcopy(linear), target
             set_matrix(layer, target)
         else:
             dtype = linear.weight.dtype
-            layer, matrix, losses[site.name] = _named(site.name, partial(fit, target, moments, option, dtype))
+            layer, matrix, losses[site.name] = _named(
+                site.name, partial(fit, target, moments, option, dtype, bias is not None)
+            )
         if bias is not None:
             inputs = moments.inputs
             aim = read = torch.zeros(W.shape[1], dtype=torch.float64, device=W.device)
             if inputs is not None:
                 read = inputs.mean.to(aim)
-                aim = read if streams is None else drift * streams.mean + (1 - drift) * streams.drifted_mean
+                aim = read if streams is None else drift * streams.mean + (1 - drift) * streams.drifted.mean
             bias = bias + (W.double() @ aim - matrix.double() @ read).to(bias.dtype)
             _set_bias(layer, bias.to(linear.weight.dtype))
         return layer

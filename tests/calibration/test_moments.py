@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import tiny
@@ -128,3 +129,31 @@ def test_values_that_are_not_finite_name_the_site() -> None:
         model.model.layers[1].input_layernorm.weight[3] = float("nan")
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn.*must be finite"):
         calibrate(model, find_sites(model), [tiny.inputs(model)], method="whitened")
+
+
+def test_the_noise_of_a_moment_is_what_other_sequences_would_change() -> None:
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(12, 12, generator=generator)
+
+    def sample(sequences: int) -> Any:
+        accumulator = MomentAccumulator(12)
+        # Vectors of one sequence share a direction, so that they tell less than as many independent ones.
+        common = torch.randn(sequences, 1, 12, generator=generator)
+        accumulator.update((common + 0.3 * torch.randn(sequences, 20, 12, generator=generator)) @ root)
+        return accumulator.moments()
+
+    samples = [sample(16) for _ in range(200)]
+    mean = torch.stack([moments.second for moments in samples]).mean(0)
+    off = ~torch.eye(12, dtype=torch.bool)
+    varied = torch.stack([(moments.second - mean)[off].square().sum() for moments in samples]).mean()
+    estimated = sum(float(moments.spread) for moments in samples) / len(samples)
+    assert abs(estimated - float(varied)) < 0.1 * float(varied)
+    # Drawn towards the diagonal by that share it lies nearer to the truth than as it was measured.
+    truth = root.double().T @ root.double() * 1.09
+    raw, trusted = (
+        sum(float((getattr(moments, name) - truth).square().sum()) for moments in samples)
+        for name in ("second", "trusted")
+    )
+    assert trusted < 0.95 * raw
+    assert sample(400).noise < 0.1 < sample(4).noise
+    assert sample(1).noise == 0.0

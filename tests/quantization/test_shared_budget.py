@@ -36,6 +36,12 @@ def made() -> tuple[Any, Any, Any, Any]:
     return model, sites, batches, statistics
 
 
+def trusted(moments: SiteMoments) -> SiteMoments:
+    """Moments of which what is sampling error does not count."""
+    inputs, gradients = (part._replace(second=part.trusted) for part in (moments.inputs, moments.gradients))
+    return moments._replace(inputs=inputs, gradients=gradients)
+
+
 def losses_of(made: tuple[Any, Any, Any, Any]) -> dict[str, WidthLosses]:
     model, sites, _, statistics = made
     return {site.name: width_losses(matrix_of(linear_at(model, site.name))[0], statistics[site.name]) for site in sites}
@@ -45,8 +51,8 @@ def test_the_losses_of_every_rank_are_the_tail_of_one_spectrum(made: tuple[Any, 
     model, sites, _, statistics = made
     site = sites[0]
     W, _ = matrix_of(linear_at(model, site.name))
-    moments = statistics[site.name]
-    losses = width_losses(W, moments)
+    losses = width_losses(W, statistics[site.name])
+    moments = trusted(statistics[site.name])
 
     def root(S: torch.Tensor) -> torch.Tensor:
         values, vectors = torch.linalg.eigh(S.double())
@@ -113,7 +119,7 @@ def test_every_option_is_priced_as_it_is_stored(made: tuple[Any, Any, Any, Any],
     x = torch.randn(5, W.shape[1])
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ matrix.T, atol=1e-4, rtol=1e-4)
-    assert loss == pytest.approx(predicted_loss(W, matrix, moments))
+    assert loss == pytest.approx(predicted_loss(W, matrix, trusted(moments)))
     if option.form == "compensated":
         alone = fit(W, moments, Option(sites=("x",), bits=2, group=16), torch.float32)
         assert loss < alone.loss
@@ -126,7 +132,7 @@ def test_rounding_the_factors_costs_what_the_options_say(made: tuple[Any, Any, A
     for site in sites[:7]:
         W, _ = matrix_of(linear_at(model, site.name))
         moments = statistics[site.name]
-        whole = predicted_loss(W, torch.zeros_like(W), moments)
+        whole = predicted_loss(W, torch.zeros_like(W), trusted(moments))
         losses = {}
         for bits in (None, 4, 8):
             option = Option(sites=("x",), form="low_rank", ranks=(8,), factor_bits=bits)
