@@ -31,12 +31,14 @@ def quantize(
     output: Annotated[Path, typer.Argument(help="Folder of the quantized model; written completely or not at all.")],
     scheme: Annotated[
         str,
-        typer.Option(help=f"One of {', '.join(QUANTIZERS)}: spqr stores 2 to 8 bits, the others use bitsandbytes."),
+        typer.Option(
+            help=f"One of {', '.join(QUANTIZERS)}: gptq and spqr store 2 to 8 bits, the others use bitsandbytes."
+        ),
     ] = "spqr",
     bits: Annotated[
-        int | None, typer.Option(help="Bits per weight, for schemes that offer a choice (spqr: 4).")
+        int | None, typer.Option(help="Bits per weight, for schemes that offer a choice (gptq: 4, spqr: 3).")
     ] = None,
-    group: Annotated[int | None, typer.Option(help="Weights that share a scale (spqr: 16).")] = None,
+    group: Annotated[int | None, typer.Option(help="Weights that share a scale (gptq: 64, spqr: 16).")] = None,
     outliers: Annotated[float | None, typer.Option(help="Share of the weights kept in 16 bits (spqr: 0.01).")] = None,
     calibration: Annotated[
         str, typer.Option(help="Text to calibrate on: a text or JSONL file, or a data set name.")

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rankfold.errors import InputError
+
 FEW_ROWS = 16
 """Vectors up to which a kernel for few bits is faster than a 16-bit product, which is then bound by memory."""
 
@@ -18,15 +20,14 @@ class QuantizedLinear(nn.Module):
     """`y = W x + b` with a quantized `W`, stored in buffers only; each scheme defines what `W` is.
 
     What a forward pass reads is prepared in the first one and kept beside the buffers, never saved: the matrix of a
-    kernel where the scheme has one on this device, else the whole matrix. `prefers_speed` keeps the whole one too, for
-    passes over many tokens, in which it is faster.
+    kernel where the scheme has one on this device, else the whole matrix (`prefer`).
     """
 
     in_features: int
     out_features: int
     bias: nn.Parameter | None
     dtype: torch.dtype
-    prefers_speed: bool = False
+    prefers: str = "balance"
 
     @property
     def structure(self) -> Any:
@@ -62,7 +63,7 @@ class QuantizedLinear(nn.Module):
             # Kernels have no gradients.
             return F.linear(x, self._kept(x.dtype), self.bias)
         few = x.numel() <= FEW_ROWS * self.in_features
-        product = self._product(x.dtype) if few or not self.prefers_speed else None
+        product = self._product(x.dtype) if few or self.prefers != "speed" else None
         if product is None:
             return F.linear(x, self._kept(x.dtype), self.bias)
         y = product(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
@@ -76,12 +77,13 @@ class QuantizedLinear(nn.Module):
         return kept[dtype]  # type: ignore[no-any-return]
 
     def _kept(self, dtype: torch.dtype) -> Tensor:
-        """The whole matrix in a dtype, multiplied out once; anew each time only where a kernel serves the rest."""
+        """The whole matrix in a dtype, multiplied out once, or anew where memory is preferred or a kernel serves."""
         kept = self.__dict__.setdefault("_matrices", {})
         if dtype in kept:
             return kept[dtype]  # type: ignore[no-any-return]
         matrix = self.dequantized().to(dtype)
-        if matrix.device.type != "meta" and (self.prefers_speed or self._product(dtype) is None):
+        keeps = self.prefers == "speed" or (self.prefers == "balance" and self._product(dtype) is None)
+        if keeps and matrix.device.type != "meta":
             kept[dtype] = matrix
         return matrix
 
@@ -112,15 +114,24 @@ class QuantizedLinear(nn.Module):
         return dense
 
 
+PREFERENCES = ("balance", "memory", "speed")
+
+
 def prefer(model: nn.Module, what: str) -> None:
-    """Let the layers in few bits of a model save `memory`, as they do by default, or `speed` over many tokens.
+    """What the layers in few bits of a model keep beside what is stored.
+
+    Args:
+        model: The model.
+        what: `balance`, as they do by default: the matrix of a kernel, or the whole one where there is no kernel.
+            `memory`: never the whole one, which without a kernel is multiplied out at every call. `speed`: both, since
+            passes over many tokens are faster with the whole one.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is none of these.
     """
-    if what not in ("memory", "speed"):
-        raise ValueError(f"Layers in few bits can prefer `memory` or `speed`, but got {what!r}.")
+    if what not in PREFERENCES:
+        raise InputError(f"Layers in few bits can prefer {', '.join(PREFERENCES)}, but got {what!r}.")
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            module.prefers_speed = what == "speed"
+            module.prefers = what
             module._forget()

@@ -148,3 +148,8 @@ def test_a_matrix_too_small_for_any_rank_stays_dense_with_its_reason() -> None:
     assert "too small for any rank" in tiny.note
     with pytest.raises(ValueError, match="leaves no room for rank 1"):
         allocate(sites[1:], keep=0.5, method="svd")
+
+
+def test_parity_keeps_to_the_multiple_of_ranks() -> None:
+    plan = allocate([site(48, 64)], keep=0.95, method="svd", allocation="parity", multiple=16)
+    assert [(option.ranks, option.parameters) for option in plan.options] == [((16,), 1792)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -313,3 +314,67 @@ def test_a_table_says_what_it_holds() -> None:
 
 def test_low_rank_layers_are_what_the_table_says() -> None:
     assert FORMS["low_rank"].module is LowRankLinear
+
+
+def test_a_broken_entry_disturbs_only_who_asks_for_it() -> None:
+    table: Registry[int] = Registry("rankfold.nothing", {"one": 1}, later={"two": "no_such_module:TWO"})
+    assert list(table) == ["one", "two"]
+    assert table.loadable() == {"one": 1}
+    with pytest.raises(ValueError, match=r"two: the package that offers it under rankfold.nothing cannot be loaded"):
+        table["two"]
+
+
+def test_the_code_of_a_foreign_layer_brings_what_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = textwrap.dedent('''
+        """A form whose layer uses what stands beside it in its module."""
+        import math
+
+        from torch import Tensor, nn
+
+        from rankfold.factorization import Factors
+        from rankfold.modules import FactorizedLinear, Form
+
+        SCALE = math.sqrt(4.0)
+
+        def doubled(x: Tensor) -> Tensor:
+            return SCALE * x
+
+        class Doubled(FactorizedLinear):
+            """Two factors, the first of which is stored halved."""
+
+            def __init__(self, in_features, out_features, ranks, bias=True, device=None, dtype=None):
+                super().__init__()
+                self.in_features, self.out_features, (self.rank,) = in_features, out_features, ranks
+                self.down = nn.Linear(in_features, self.rank, bias=False, device=device, dtype=dtype)
+                self.up = nn.Linear(self.rank, out_features, bias=bias, device=device, dtype=dtype)
+
+            def hidden(self, x):
+                return doubled(self.down(x))
+
+            def product(self):
+                return doubled(self.up.weight @ self.down.weight)
+
+        def make(factors, dtype):
+            layer = Doubled(factors.down.shape[1], len(factors.up), (len(factors.down),), factors.bias is not None)
+            layer.down.weight.data, layer.up.weight.data = factors.down.to(dtype) / SCALE, factors.up.to(dtype)
+            return layer
+
+        DOUBLED = Form(module=Doubled, parameters=lambda out, into, ranks: ranks[0] * (out + into), make=make)
+        ''')
+    (tmp_path / "doubled_form.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(FORMS, "doubled", importlib.import_module("doubled_form").DOUBLED)
+    model = tiny.build("llama")
+    rankfold.compress(model, keep=0.6, method="svd", form="doubled")
+    rankfold.save(model, None, tmp_path / "out")
+    ids = tiny.inputs(model)["input_ids"]
+    script = (
+        "import sys, torch, transformers\n"
+        "load = transformers.AutoModelForCausalLM.from_pretrained\n"
+        f"model = load({str(tmp_path / 'out')!r}, trust_remote_code=True)\n"
+        "assert 'rankfold' not in sys.modules and 'doubled_form' not in sys.modules\n"
+        f"torch.save(model(torch.tensor({ids.tolist()})).logits, {str(tmp_path / 'logits.pt')!r})\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", script], check=True, cwd="/")
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits)

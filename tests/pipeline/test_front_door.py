@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT
 
 import rankfold
+from rankfold.calibration import make_batches
+from rankfold.sites import find_sites
 
 
 def test_the_notebook_does_the_main_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,3 +120,51 @@ def test_one_place_puts_the_engine_together_one_makes_records_one_knows_linear_l
     assert holding(" Record(") | holding("[Record(") | holding("(Record(") <= {"circumstances.py", "record.py"}
     assert holding('"hardware": ') == {"circumstances.py"}
     assert holding('"Conv1D"') == {"modules/linear.py"}
+
+
+@pytest.mark.parametrize("method", ["svd", "lord", "tucker"])
+def test_a_plan_is_carried_out_with_its_own_method_on_its_own_sites(method: str) -> None:
+    ids = torch.randint(0, 128, (4, 16), generator=torch.Generator().manual_seed(0))
+    sites = find_sites(tiny.build("llama")).select(["*.up_proj"])
+    plan = rankfold.allocate(sites, rank=6, method=method)
+    model = tiny.build("llama")
+    done = rankfold.compress(model, plan=plan, text=ids)
+    assert done.method == method
+    assert [o.ranks for o in done.options] == [o.ranks for o in plan.options]
+    untouched = {name for name, _ in tiny.build("llama").named_parameters() if "up_proj" not in name}
+    assert untouched <= dict(model.named_parameters()).keys()
+    steps = tiny.build("llama")
+    needed = rankfold.calibrate(steps, sites, make_batches(steps, ids), method=method) if method == "lord" else None
+    rankfold.factorize(steps, plan, needed)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, steps(ids).logits)
+    with pytest.raises(ValueError, match=r"`plan` is filled by .*, but `method` is 'kfac'. Leave `method` out"):
+        rankfold.compress(tiny.build("llama"), plan=plan, method="kfac", text=ids)
+
+
+def test_sites_may_be_given_as_sites_and_windows_must_be_a_table() -> None:
+    model = tiny.build("llama")
+    ids = torch.randint(0, 128, (4, 16))
+    chosen = [site for site in find_sites(model).select() if site.kind == "mlp.up_proj"]
+    plan = rankfold.compress(model, keep=0.5, sites=chosen, text=ids, rounds=0)
+    assert [name for option in plan.options for name in option.sites] == [site.name for site in chosen]
+    with pytest.raises(ValueError, match=r"must be a table \(windows, length\).* got the shape \(16,\)"):
+        rankfold.compress(tiny.build("llama"), keep=0.5, text=ids[0])
+
+
+def test_statistics_serve_several_budgets_over_bits() -> None:
+    ids = torch.randint(0, 128, (8, 16), generator=torch.Generator().manual_seed(0))
+    model = tiny.build("llama")
+    sites = find_sites(model).select()
+    statistics = rankfold.calibrate(model, sites, make_batches(model, ids))
+    for bits in (3, 5):
+        again, alone = tiny.build("llama"), tiny.build("llama")
+        plan = rankfold.compress(again, bits=bits, text=ids, statistics=statistics)
+        assert plan.options == rankfold.compress(alone, bits=bits, text=ids).options
+        with torch.no_grad():
+            torch.testing.assert_close(again(ids).logits, alone(ids).logits)
+    with pytest.raises(ValueError, match="Statistics are taken over by a budget over bits"):
+        rankfold.compress(tiny.build("llama"), keep=0.5, text=ids, statistics=statistics)
+    some = rankfold.calibrate(tiny.build("llama"), sites[:3], make_batches(model, ids))
+    with pytest.raises(ValueError, match="the statistics must hold moments of inputs and gradients of every site"):
+        rankfold.compress(tiny.build("llama"), bits=3, text=ids, statistics=some)

@@ -116,9 +116,12 @@ def test_kernels_multiply_what_is_stored(bits: int, group: int, dtype: torch.dty
     x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = x.float() @ layer.dequantized().T
     with torch.no_grad():
-        found = {"memory": layer(x), "one": torch.cat([layer(row[None]) for row in x])}
-        prefer(layer, "speed")
-        found["speed"] = layer(x)
+        found = {}
+        for what in ("balance", "memory", "speed"):
+            prefer(layer, what)
+            found[what], found[f"{what}, one"] = layer(x), torch.cat([layer(row[None]) for row in x])
+            kept = sum(len(layer.__dict__.get(name, {})) for name in ("_matrices",))
+            assert kept == {"balance": dtype == torch.float32, "memory": 0, "speed": 1}[what]
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for y in found.values():
         assert y.dtype == dtype
@@ -148,5 +151,5 @@ def test_what_is_not_finite_or_cannot_be_stored_is_refused() -> None:
         Groups(9)
     with pytest.raises(ValueError, match="at least 2 weights"):
         Groups(4, 1)
-    with pytest.raises(ValueError, match="`memory` or `speed`, but got 'size'"):
+    with pytest.raises(ValueError, match="balance, memory, speed, but got 'size'"):
         prefer(torch.nn.Linear(1, 1), "size")

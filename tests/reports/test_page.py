@@ -225,3 +225,6 @@ def test_names_of_files_tell_models_apart(tmp_path: Path) -> None:
     (tmp_path / "dense.jsonl").write_text(record("dense", "loss", 1.0).to_json())
     found = read_records([tmp_path / "dense.jsonl", tmp_path / "other.jsonl"])
     assert [label(r) for r in found] == ["dense, m", "dense, n"]
+    names = [record("compressed", "loss", 1.0, model={"name": "m", "digest": digest}) for digest in ("aaaaaaaa", "b2")]
+    (tmp_path / "both.jsonl").write_text("".join(made.to_json() + "\n" for made in names))
+    assert [label(r) for r in read_records([tmp_path / "both.jsonl"])] == ["m (aaaaaa)", "m (b2)"]
