@@ -27,6 +27,7 @@ NAMES = {"HuggingFaceTB/SmolLM2-135M": MODEL, "240MB": "1.25MB", "120MB": "1.25M
 BRIEF = {
     "compress": "--sequences 4 --length 32",
     "quantize": "--sequences 4 --length 32",
+    "adapt": "--sequences 4 --length 32",
     "measure": "--windows 2 --no-latency",
     "recover": "--steps 2 --batch 2 --length 32",
     "sensitivity": "--share 0.5 --sequences 4 --windows 2",

@@ -28,6 +28,7 @@ VERBS = {
     "compress": "Factorize a model and save a checkpoint that loads in transformers.",
     "recover": "Train a compressed model to match its dense original; an interrupted run resumes.",
     "quantize": "Quantize the linear layers of a model, dense layers and factors alike, to 8 bits or fewer.",
+    "adapt": "Write the difference between two models as a LoRA adapter, its bytes shared out by predicted loss.",
     "measure": "Measure quality, size and speed, side by side with the dense model if it is given.",
     "evaluate": "Have models write programs, predict next lines and choose continuations, side by side.",
     "benchmark": "Run benchmarks through lm-evaluation-harness, with error bars and paired differences.",

@@ -443,3 +443,39 @@ def test_the_published_sizes_of_starcoder() -> None:
     sizes = starcoder_sizes()
     assert {rank: truncated(sizes[rank]) for rank in PUBLISHED} == PUBLISHED
     assert sizes[0] == 15_517_456_384
+
+
+def test_one_budget_over_bits_and_ranks_is_a_command(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    text = ("--sequences", "8", "--length", "32")
+    made = run("compress", MODEL, out, "--bits", "3.5", *text).stderr
+    assert "bits a weight, everything counted" in made
+    assert "What else the sites could be" in made
+    assert "3 bits everywhere" in made
+    measured = run(
+        "measure", out, "--dense", MODEL, "--no-latency", "--windows", "2", "--text", "bundled:python-held-out"
+    )
+    assert "loss, nat/token" in measured.stderr
+    wrong = run("compress", MODEL, out, "--bits", "0.01", "--overwrite", *text, code=2).stderr
+    assert "must allow at least" in wrong
+    wrong = run("compress", MODEL, out, "--bits", "3", "--allow", "bit", "--overwrite", *text, code=2).stderr
+    assert "--allow must name rank or bits" in wrong
+
+
+def test_a_difference_becomes_an_adapter_that_is_measured(tmp_path: Path) -> None:
+    base, out = str(tmp_path / "base"), str(tmp_path / "adapter")
+    text = ("--sequences", "8", "--length", "32")
+    run("quantize", MODEL, str(tmp_path / "few"), "--scheme", "gptq", "--bits", "3", *text)
+    run("export", str(tmp_path / "few"), base, "--dense")
+    refused = run("adapt", str(tmp_path / "few"), MODEL, out, "--rank", "4", *text, code=2).stderr
+    assert "PEFT does not know rankfold's layers in few bits" in refused
+    assert "Pass exactly one of --bytes" in run("adapt", base, MODEL, out, *text, code=2).stderr
+    made = run("adapt", base, MODEL, out, "--bytes", "60kB", *text).stderr
+    assert "with the adapter:" in made
+    measured = run(
+        "measure", out, "--dense", MODEL, "--no-latency", "--windows", "2", "--text", "bundled:python-held-out"
+    )
+    assert "loss, nat/token" in measured.stderr
+    again = run("adapt", out, MODEL, str(tmp_path / "second"), "--rank", "4", *text, code=2).stderr
+    assert "an adapter cannot carry another one" in again
+    assert not (tmp_path / "second").exists()
