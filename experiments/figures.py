@@ -47,6 +47,12 @@ MEASURE: tuple[Program, ...] = (
         "README, table",
         "real_model",
     ),
+    Program(
+        "benchmarks/one_budget.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
+        "ASSETS/data/wikitext2/wiki.valid.tokens --text ASSETS/data/wikitext2/wiki.test.tokens",
+        "docs/quality.md, one budget",
+        "one_budget",
+    ),
     Program("benchmarks/quality.py --assets ASSETS", "docs/quality.md", "quality"),
     Program("benchmarks/compress_cost.py", "docs/quality.md, cost", "compress_cost"),
     Program("experiments/predicted_loss.py STORIES", "docs/quality.md, predictions", "predicted_loss-stories260K"),

@@ -182,6 +182,57 @@ def real_model() -> str:
     return "\n".join(lines)
 
 
+def budget_table(base: str) -> list[str]:
+    """Rows down, bits a weight across: the rise of the loss over the dense model's, on the same windows."""
+    records = [record for record in read("one_budget") if record.context.get("base") == base]
+    averages = sorted({record.context["average"] for record in records if "row" in record.context})
+    dense = next(float(r.value or 0) for r in records if r.subject == "dense" and r.name == "loss")
+    rises: dict[str, dict[float, str]] = {}
+    values: dict[float, dict[str, float]] = {}
+    for record in records:
+        if record.name != "loss" or record.subject == "dense":
+            continue
+        average, row = record.context["average"], record.context["row"]
+        rise = float(record.value or 0) - dense
+        divergence = next(r for r in records if r.subject == record.subject and r.name == "kl_to_dense")
+        row = re.sub(r" in \d bits", " in a bit less", row)
+        values.setdefault(average, {})[row] = rise
+        rises.setdefault(row, {})[average] = (
+            f"{rise:.3f} ({divergence.value:.3f} ± {divergence.error or 0:.3f}; {record.context['bits']:.2f} bits)"
+        )
+    lines = [f"| {base} | " + " | ".join(f"{average:g} bits" for average in averages) + " |"]
+    lines.append("|---" * (len(averages) + 1) + "|")
+    for row, cells in rises.items():
+        shown = [cells.get(average, "") for average in averages]
+        best = [values[average].get(row) == min(values[average].values()) for average in averages]
+        lines.append(
+            f"| {row} | " + " | ".join(f"**{c}**" if b and c else c for c, b in zip(shown, best, strict=True)) + " |"
+        )
+    return [*lines, ""]
+
+
+def one_budget() -> list[str]:
+    """One budget over bits and ranks beside the same bits everywhere."""
+    records = read("one_budget")
+    if not records:
+        return []
+    loss = next(record for record in records if record.name == "loss" and record.subject == "dense")
+    used = loss.context["calibration"]
+    lines = [
+        "# One budget over bits and ranks",
+        "",
+        "`python benchmarks/one_budget.py MODEL --calibration TEXT --text TEXT`; rotated models: `python experiments/rotate.py MODEL OUT`. Rise of the loss over",
+        f"the dense model's in nats per token (in brackets the divergence from its predictions, and the bits a weight of the sites, everything counted), on "
+        f"{loss.context['tokens']:,} tokens of {loss.context['data']},",
+        f"calibrated on {used['tokens']:,} tokens of {used['corpus']}, seed 0. One thread of a shared {loss.context['hardware']['cpu'].split(' @')[0]}, "
+        f"{made_with(records)}. These weights once had 4 bits: rotation takes them off that grid.",
+        "",
+    ]
+    for base in dict.fromkeys(record.context["base"] for record in records):
+        lines += budget_table(base)
+    return lines
+
+
 def record_seconds(record: Record) -> str:
     """How long the row took to make."""
     return f"{record.context['seconds_to_make']:,}"
@@ -201,6 +252,7 @@ def quality_page() -> str:
     records = read("quality")
     lines = [
         *grids(),
+        *one_budget(),
         "# What each part is worth",
         "",
         "Perplexity on the last 30 % of the TinyStories sample, stories260K; ± as above.",

@@ -161,7 +161,7 @@ def test_quantize_a_compressed_model_and_measure_it(tmp_path: Path) -> None:
     assert "already quantized" in run("quantize", str(out), str(tmp_path / "again"), *settings, code=2).stderr
     assert not (tmp_path / "again").exists()
     assert (
-        "scheme must be one of spqr, int8, nf4"
+        "scheme must be one of gptq, spqr, int8, nf4"
         in run("quantize", MODEL, str(tmp_path / "x"), "--scheme", "int3", code=2).stderr
     )
     assert "2 to 8 bits" in run("quantize", MODEL, str(tmp_path / "x"), "--bits", "1", code=2).stderr
