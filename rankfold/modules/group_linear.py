@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rankfold.modules.quantized_linear import QuantizedLinear
 from rankfold.modules.spqr_linear import pack, unpack
@@ -31,6 +32,8 @@ class GroupLinear(QuantizedLinear):
     codes: Tensor
     scales: Tensor
     zeros: Tensor
+    change: nn.Parameter | None
+    """Relative change of every scale, while it is trained."""
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class GroupLinear(QuantizedLinear):
             planes = (self.bits, -(-out_features * self.groups // 8))
             self.register_buffer("zeros", torch.zeros(planes, dtype=torch.uint8, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.change = None
         self.dtype = dtype or torch.get_default_dtype()
 
     @classmethod
@@ -79,11 +83,18 @@ class GroupLinear(QuantizedLinear):
 
     def levels(self) -> Integer[Tensor, "out in"]:
         """The code of every weight, from 0."""
-        return unpack(self.codes, self.out_features * self.in_features).reshape(self.out_features, -1)
+        levels = self.__dict__.get("_levels")
+        if levels is None:
+            levels = unpack(self.codes, self.out_features * self.in_features).reshape(self.out_features, -1)
+            if self.change is not None:
+                self.__dict__["_levels"] = levels
+        return levels
 
     def statistics(self) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "out groups"] | float]:
         """Scales and zero points, in float32."""
         scales = self.scales.view(torch.float16).float()
+        if self.change is not None:
+            scales = scales * (1 + self.change)
         if self.group <= 0:
             return scales, float(2 ** (self.bits - 1))
         return scales, unpack(self.zeros, self.out_features * self.groups).reshape(self.out_features, -1).float()
@@ -95,6 +106,30 @@ class GroupLinear(QuantizedLinear):
             return (self.levels().float() - zeros) * scales
         scales, zeros = (p.repeat_interleave(self.group, 1)[:, : self.in_features] for p in (scales, zeros))
         return (self.levels().float() - zeros) * scales
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        """The layer's outputs."""
+        if self.change is None:
+            return super().forward(x)
+        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+
+    def train_scales(self) -> None:
+        """Let gradients reach the scales, by `change`, until `round_scales`; codes stay, and are kept unpacked."""
+        self._forget()
+        self.change = nn.Parameter(torch.zeros(self.scales.shape, device=self.scales.device))
+
+    @torch.no_grad()
+    def round_scales(self) -> None:
+        """Store the scales as they were trained."""
+        scales, _ = self.statistics()
+        # Smaller ones would be 0, or round to few digits.
+        self.scales = scales.clamp(1e-7, 65504).half().contiguous().view(torch.int16)
+        self.change = None
+        self._forget()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.__dict__.pop("_levels", None)
 
     def kernel(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """PyTorch's products on CPUs: of 4-bit groups, which fewer bits fit into too, and of 8-bit rows.

