@@ -25,7 +25,9 @@ from rankfold.modules import (
     LinearStack,
     QuantizedLinear,
     is_transposed,
+    release_embeddings,
     restack,
+    stored_embeddings,
     stored_quantizations,
 )
 from rankfold.plan import Plan
@@ -56,6 +58,7 @@ _MODULE_FILES = (
     "quantized_linear",
     "spqr_linear",
     "group_linear",
+    "group_embedding",
     "linear_stack",
     "adaptive_linear",
     "joint_linear",
@@ -132,7 +135,8 @@ def adopt(model: Any, plan: Plan) -> None:
     config_class = config_class_for(stock_class(type(model.config)))
     _retype(model.config, config_class)
     model.__class__ = model_class_for(stock_class(type(model)), config_class)
-    model.config.rankfold = plan.to_dict()
+    embeddings = stored_embeddings(model)
+    model.config.rankfold = {**plan.to_dict(), **({"embeddings": embeddings} if embeddings else {})}
     model.config.architectures = [type(model).__name__]
 
 
@@ -150,6 +154,7 @@ def release(model: Any) -> None:
         ValueError: If a factorized layer has a bias for which the stock architecture has no place.
     """
     stock = stock_class(type(model))
+    release_embeddings(model)
     _dequantize_factors(model)
     made = (FactorizedLinear, QuantizedLinear)
     factorized = {path: module for path, module in model.named_modules() if isinstance(module, made)}

@@ -63,6 +63,14 @@ def compress(
             rich_help_panel="Budget",
         ),
     ] = None,
+    embeddings: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of the embeddings and the head, 2 to 8, or 16 to leave them (default: --bytes chooses, where "
+            "it may be spent on bits; otherwise 16).",
+            rich_help_panel="Budget",
+        ),
+    ] = None,
     method: Annotated[
         str, typer.Option(help=f"How to factorize: {', '.join(METHODS)}.", rich_help_panel="Method")
     ] = "kfac",
@@ -142,7 +150,13 @@ def compress(
         sites = [name for option in stored.options for name in option.sites]
     ways = None if allow is None else tuple(part.strip() for part in allow.split(","))
     settings = Settings(
-        method=method, allocation=allocation, form=form, allow=ways, refine=refine, refine_toward=refine_toward
+        method=method,
+        allocation=allocation,
+        form=form,
+        allow=ways,
+        refine=refine,
+        refine_toward=refine_toward,
+        embeddings=embeddings,
     )
     loaded = load_model(model, dtype=to_dtype(dtype), device=device, dense=True)
     origin = getattr(loaded, "few_bits", None)
@@ -155,7 +169,8 @@ def compress(
         multiple = _fast_here(loaded, chosen)
     before = parameter_count(loaded)
     settings.check(loaded, chosen, budget)
-    _check_space(output, loaded, budget.keep_of(loaded, chosen) or 1.0, chosen)
+    saved = settings.most_saved(loaded, budget)
+    _check_space(output, loaded, budget.keep_of(loaded, chosen, saved) or 1.0, chosen, saved)
     corpus = as_corpus(calibration, tokenizer) if reads else None
     if corpus is not None:
         say(f"Calibrating on {sequences} x {length or default_length(loaded.config)} tokens of {corpus.name}.")
@@ -171,7 +186,7 @@ def compress(
             loaded, tokenizer, keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase, rank=rank,
             plan=stored, text=corpus or calibration, sequences=sequences, length=length, sites=chosen, method=method,
             allocation=allocation, form=form, allow=ways, multiple=multiple, refine=refine, refine_toward=refine_toward,
-            nested=nested, seed=seed, stage=stage, work=work,
+            embeddings=embeddings, nested=nested, seed=seed, stage=stage, work=work,
         )  # fmt: skip
     if origin:
         done = note(loaded, done, {"origin": origin})
@@ -201,12 +216,12 @@ def _fast_here(model: Any, sites: Sites) -> int:
     return found
 
 
-def _check_space(output: Path, model: Any, keep: float, sites: Sites) -> None:
+def _check_space(output: Path, model: Any, keep: float, sites: Sites, saved: int) -> None:
     """Say before the work that the disk is too small for the checkpoint."""
     parent = next(path for path in [output.absolute().parent, *output.absolute().parents] if path.exists())
     dense = sum(site.parameters * site.bytes_per_parameter for site in sites)
     rest = sum(p.numel() * p.element_size() for p in model.parameters()) - dense
     free = shutil.disk_usage(parent).free
-    needed = int(keep * dense) + rest
+    needed = int(keep * dense) + rest - saved
     if needed > free:
         raise InputError(f"{output}: the checkpoint needs {needed:,} bytes, but {parent} has {free:,} free.")

@@ -45,6 +45,12 @@ def _say_bits(plan: Plan, sites: Sites) -> None:
     """What is stored for a weight, and what the same bits everywhere would store and cost."""
     weights = sum(site.out_features * site.in_features for site in sites)
     say(f"Sites: {plan.bytes:,} bytes, {8 * plan.bytes / weights:.2f} bits a weight, everything counted")
+    few = plan.calibration.get("embeddings")
+    if few:
+        say(
+            f"Embeddings and head: {few['dense_bytes']:,} -> {few['bytes']:,} bytes, in {few['bits']} bits; alone they "
+            f"move predictions by {few['divergence']:.4f} nat/token"
+        )
     uniform = plan.calibration.get("uniform", ())
     rows = []
     for row in sorted(uniform, key=lambda row: -row["bits"]):
@@ -69,7 +75,12 @@ def report_plan(output: Path, model: Any, plan: Plan, sites: Sites, before: int,
     for note in sorted({option.note for option in plan.options if option.note}):
         say(f"left dense: {note}")
     if plan.predicted_loss is not None:
-        bound = "" if plan.bound is None else f"; no ranks within this budget are predicted below {plan.bound:.4f}"
+        bound = ""
+        if plan.bound is not None and shares_bits:
+            # The choice is priced again once its layers are made, so the price may lie below what bounded the choice.
+            bound = f"; when it was chosen, nothing within this budget was predicted below {plan.bound:.4f}"
+        elif plan.bound is not None:
+            bound = f"; no ranks within this budget are predicted below {plan.bound:.4f}"
         say(f"Predicted increase in loss: {plan.predicted_loss:.4f} nat/token{bound}")
     if "measured_increase" in plan.calibration:
         say(f"Measured increase on held-out text: {plan.calibration['measured_increase']:.4f} nat/token")

@@ -15,6 +15,13 @@ from rankfold.modules.forms import (
     structure_of,
 )
 from rankfold.modules.four_bit import keep_storage, restore_storage
+from rankfold.modules.group_embedding import (
+    GroupEmbedding,
+    TiedHead,
+    put_embeddings,
+    release_embeddings,
+    stored_embeddings,
+)
 from rankfold.modules.group_linear import WHOLE_MATRIX, WHOLE_ROW, GroupLinear
 from rankfold.modules.install import Factorized, install, put, resolve, stored_quantizations, use_eager_experts
 from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear, SharedFactors
@@ -47,6 +54,7 @@ __all__ = [
     "Factorized",
     "FactorizedLinear",
     "Form",
+    "GroupEmbedding",
     "GroupLinear",
     "JointLinear",
     "LinearStack",
@@ -57,6 +65,7 @@ __all__ = [
     "Quantizer",
     "SharedFactors",
     "SpQRLinear",
+    "TiedHead",
     "TuckerLinear",
     "factorized_module",
     "form_at",
@@ -72,7 +81,9 @@ __all__ = [
     "pack",
     "prefer",
     "put",
+    "put_embeddings",
     "quantizer_at",
+    "release_embeddings",
     "resolve",
     "restack",
     "restore_storage",
@@ -80,6 +91,7 @@ __all__ = [
     "settings_for",
     "statistics",
     "stored_bytes",
+    "stored_embeddings",
     "stored_matrix",
     "stored_parameters",
     "stored_quantizations",

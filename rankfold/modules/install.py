@@ -9,6 +9,7 @@ from torch import nn
 
 from rankfold.errors import InputError
 from rankfold.modules.forms import module_of
+from rankfold.modules.group_embedding import install_embeddings
 from rankfold.modules.joint_linear import JOINT_FORMS, JointLinear
 from rankfold.modules.linear import has_layer, linear_at, linear_shape
 from rankfold.modules.linear_stack import LinearStack
@@ -80,6 +81,8 @@ def install(model: nn.Module, plan: Mapping[str, Any]) -> None:
             model.set_submodule(path, form(in_features, out_features, ranks, bias, like.device, like.dtype, **own))
     for quantization in stored_quantizations(plan):
         install_quantized(model, quantization)
+    if plan.get("embeddings"):
+        install_embeddings(model, plan["embeddings"])
     use_eager_experts(model)
 
 

@@ -95,6 +95,8 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Move or cast; what was prepared was so for another place."""
         self._forget()
+        # Buffers of whole numbers do not say in which dtype the model computes.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -73,8 +73,13 @@ class Budget:
         if isinstance(self.bytes, str):
             object.__setattr__(self, "bytes", parse_bytes(self.bytes))
 
-    def keep_of(self, model: Any, sites: Sequence[Site]) -> float | None:
+    def keep_of(self, model: Any, sites: Sequence[Site], saved: int = 0) -> float | None:
         """The fraction of the sites' bytes (or parameters) that this budget leaves; `None` where it must be searched.
+
+        Args:
+            model: The dense model.
+            sites: Its sites.
+            saved: Bytes that embeddings in few bits will save of the whole.
 
         Raises:
             ValueError: If what is not factorized alone needs more.
@@ -89,7 +94,7 @@ class Budget:
             weights = sum(site.out_features * site.in_features for site in sites)
             return min(1.0, self.bits * weights / 8 / dense)
         assert self.bytes is not None, "one of both"
-        rest = int(sum(p.numel() * p.element_size() for p in model.parameters())) - dense
+        rest = int(sum(p.numel() * p.element_size() for p in model.parameters())) - dense - saved
         if self.bytes <= rest:
             raise InputError(
                 f"{self.bytes:,} bytes cannot hold the model: what is not factorized, such as its embeddings, needs "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,19 @@ from rankfold.fingerprint import fingerprint
 from rankfold.modules import linear_at, use_eager_experts
 from rankfold.pipeline.budget import Budget
 from rankfold.pipeline.reading import Reading, read_text
-from rankfold.pipeline.settings import DRIFT, Settings
+from rankfold.pipeline.settings import DRIFT, UNTOUCHED, Settings
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Stage, Step, no_stage
 from rankfold.quality import next_token_quality
-from rankfold.quantization import compress_in_bits
+from rankfold.quantization import Width, compress_in_bits, embedding_widths, find_embeddings, put_in_bits
 from rankfold.recovery import predicts, refine_blocks, refine_predictions
 from rankfold.sites import Site, Sites, block_paths, find_sites
 
 SEARCH_STEPS = 6
 """Halvings of the interval in which `keep` is searched for a limit on the loss."""
+
+OPTIMISM = 2.0
+"""How much more an optimized plan loses than is predicted of it (docs/log.md)."""
 
 FEWEST_BYTES = 1 / 32
 """Share of the sites' bytes from which on a limit on the loss is searched where bits are shared out."""
@@ -58,6 +61,7 @@ def compress(  # noqa: PLR0913
     drift: float = DRIFT,
     refine: int = 0,
     refine_toward: str = "predictions",
+    embeddings: int | None = None,
     labels: str | None = None,
     nested: bool = False,
     statistics: Statistics | None = None,
@@ -96,6 +100,8 @@ def compress(  # noqa: PLR0913
         drift: Share of the drift that is corrected, 0 to 1, for ordered methods.
         refine: Gradient steps on each block after its factorization.
         refine_toward: `predictions` of the model, or each `block`'s own output.
+        embeddings: Bits of the embeddings and the head, 2 to 8, or 16 to leave them; by default a budget of bytes
+            chooses, where bits may be spent.
         labels: `text` or `sampled`; by default those of the text, if it has any.
         nested: Write one larger model that `rankfold.compression.shrink` cuts to any budget; the budget is ignored.
         statistics: What `calibrate` measured of the dense model, for several budgets over bits one after another.
@@ -121,8 +127,8 @@ def compress(  # noqa: PLR0913
     ways = allow.split(",") if isinstance(allow, str) else allow
     settings = Settings(
         method=method or "kfac", allocation=allocation, form=form, allow=None if ways is None else tuple(ways),
-        multiple=multiple, rounds=rounds, drift=drift, refine=refine, refine_toward=refine_toward, labels=labels,
-        seed=seed,
+        multiple=multiple, rounds=rounds, drift=drift, refine=refine, refine_toward=refine_toward,
+        embeddings=embeddings, labels=labels, seed=seed,
     )  # fmt: skip
     chosen = _chosen(model, sites)
     settings.check(model, chosen, budget)
@@ -199,7 +205,8 @@ class _Compression:
         if refine and self.settings.refine_toward == "predictions" and predicts(self.model, self.batches[0]):
             teacher = _teacher(self.model, self.dense.values())
         if budget.max_loss_increase is None:
-            plan = self.attempt(budget.keep_of(self.model, self.sites), "")
+            saved = self.settings.most_saved(self.model, budget)
+            plan = self.attempt(budget.keep_of(self.model, self.sites, saved), "")
         else:
             plan = self.search(budget.max_loss_increase)
         return self.refined(plan, teacher, None if work is None else (work, digest)) if refine else plan
@@ -243,14 +250,24 @@ class _Compression:
         """Compress once, the budget shared out over bits and ranks."""
         settings = self.settings
         rounds = settings.rounds_for(self.budget)
+        ways = settings.ways(self.budget)
+        widths = settings.embedding_bits(self.model, self.budget)
+        embeddings = _Embeddings(self.model, self.batches, widths, self.stage) if widths else None
 
-        def allocated(losses: Mapping[str, WidthLosses]) -> Plan:
-            ways = settings.ways(self.budget)
-            chosen = allocate(
+        def within(keep: float | None, losses: Mapping[str, WidthLosses]) -> Plan:
+            return allocate(
                 self.sites, keep=keep, losses=losses, allow=ways, multiple=settings.multiple, seed=settings.seed
             )
-            uniform = uniform_widths(self.sites, losses)
-            return replace(chosen, calibration={**facts, "allow": ",".join(ways), "uniform": uniform})
+
+        def allocated(losses: Mapping[str, WidthLosses]) -> Plan:
+            if embeddings is None:
+                chosen = within(keep, losses)
+            else:
+                chosen = embeddings.allocated(
+                    lambda saved: within(self.budget.keep_of(self.model, self.sites, saved), losses)
+                )
+            more = {**facts, "allow": ",".join(ways), "uniform": uniform_widths(self.sites, losses)}
+            return replace(chosen, calibration={**chosen.calibration, **more})
 
         loss = summed_loss(self.model, self.labels, settings.seed)
         return compress_in_bits(
@@ -337,6 +354,40 @@ class _Compression:
             rise = next_token_quality(model, held_out).loss - plan.calibration["dense_loss"]
             plan = note(model, plan, {"measured_increase": round(rise, 5)})
         return plan
+
+
+class _Embeddings:
+    """The embeddings of one compression: in the width that leaves the whole model the smallest predicted loss."""
+
+    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]], bits: Sequence[int], stage: Stage) -> None:
+        self.model, self.batches = model, batches
+        self.dense_bytes = find_embeddings(model).bytes
+        few = [width for width in bits if width != UNTOUCHED]
+        self.widths = embedding_widths(model, batches, few, stage("measuring embeddings in few bits", len(few)))
+        if UNTOUCHED in bits:
+            self.widths.append(Width(UNTOUCHED, self.dense_bytes, 0.0))
+        self.facts: dict[str, Any] = {}
+
+    def allocated(self, within: Callable[[int], Plan]) -> Plan:
+        """The plan of the sites, given the bytes that embeddings save of the whole; these are then put in place."""
+        plans: list[tuple[float, Plan, Width]] = []
+        refused: list[InputError] = []
+        for width in self.widths:
+            try:
+                plan = within(self.dense_bytes - width.bytes)
+            except InputError as error:
+                refused.append(error)
+            else:
+                plans.append((OPTIMISM * (plan.predicted_loss or 0.0) + width.loss, plan, width))
+        if not plans:
+            raise refused[0]
+        _, plan, chosen = min(plans, key=lambda each: each[0])
+        if chosen.bits != UNTOUCHED and not self.facts:
+            stored = put_in_bits(self.model, chosen.bits, self.batches)
+            self.facts = {"embeddings": {**stored, "divergence": float(f"{chosen.loss:.4g}")}}
+        # Later rounds only choose the sites anew.
+        self.widths = [chosen]
+        return replace(plan, calibration={**plan.calibration, **self.facts})
 
 
 def _nest(model: Any, sites: Sequence[Site], settings: Settings, reading: Reading, stage: Stage) -> Plan:

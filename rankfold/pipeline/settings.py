@@ -13,7 +13,7 @@ from rankfold.errors import InputError
 from rankfold.factorization import METHODS, Method
 from rankfold.pipeline.budget import Budget
 from rankfold.plan import Plan
-from rankfold.quantization import WIDTHS
+from rankfold.quantization import EMBEDDING_BITS, WIDTHS, find_embeddings
 from rankfold.sites import Site
 
 REFINE_TOWARD = ("predictions", "block")
@@ -24,6 +24,9 @@ ROUNDS = 2
 
 ROUNDS_IN_BITS = 0
 """The same where bits are shared out too."""
+
+UNTOUCHED = 16
+"""Bits of embeddings that are left as they are."""
 
 DRIFT = 0.5
 """Share of the drift that is corrected, unless a caller says otherwise."""
@@ -54,6 +57,8 @@ class Settings:
     """One of `REFINE_TOWARD`."""
     labels: str | None = None
     """`text` or `sampled` (`rankfold.calibration.LABELS`); without it those of the text where it holds them."""
+    embeddings: int | None = None
+    """Bits of the embeddings and the head: 2 to 8, or 16 to leave them; without it what suits a budget of bytes."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +76,10 @@ class Settings:
                 "Bits are shared out by the predicted losses of kfac and a knapsack, in forms of their own and without "
                 f"refinement, but got the method {self.method}, the allocation {self.allocation}, the form {self.form} "
                 f"and {self.refine} steps of refinement. Leave these out, or `allow` rank alone."
+            )
+        if self.embeddings is not None and self.embeddings != UNTOUCHED and not 2 <= self.embeddings <= 8:
+            raise InputError(
+                f"`embeddings` must be 2 to 8 bits, or {UNTOUCHED} to leave them, but got {self.embeddings}."
             )
         if (self.rounds or 0) < 0 or not 0 <= self.drift <= 1 or self.multiple < 1 or self.refine < 0:
             raise InputError(
@@ -117,6 +126,40 @@ class Settings:
         searched = budget.max_loss_increase is not None
         return self.entry.needs_data or self.needs_gradients(budget) or self.refine > 0 or searched
 
+    def embedding_bits(self, model: Any, budget: Budget) -> tuple[int, ...]:
+        """Widths of the embeddings among which is chosen; none where they are left as they are.
+
+        Raises:
+            ValueError: If a width is asked for that this model or budget does not allow.
+        """
+        if self.embeddings == UNTOUCHED:
+            return ()
+        shares = "bits" in self.ways(budget) and budget.max_loss_increase is None
+        if self.embeddings is not None:
+            if not shares:
+                raise InputError(
+                    "Embeddings in few bits go with a budget over bits: give `bits` or `bytes`, or allow bits. "
+                    "Otherwise leave `embeddings` out."
+                )
+            find_embeddings(model)
+            return (self.embeddings,)
+        # Only where the whole model is asked to be small, and what each width costs can be measured.
+        if not shares or budget.bytes is None:
+            return ()
+        try:
+            find_embeddings(model)
+        except InputError:
+            return ()
+        return (*EMBEDDING_BITS, UNTOUCHED)
+
+    def most_saved(self, model: Any, budget: Budget) -> int:
+        """The most bytes of the whole model that embeddings in few bits can save."""
+        widths = [bits for bits in self.embedding_bits(model, budget) if bits != UNTOUCHED]
+        if not widths:
+            return 0
+        found = find_embeddings(model)
+        return found.bytes - min(found.bytes_in(bits) for bits in widths)
+
     def choice(self, budget: Budget, keep: float | None) -> dict[str, Any]:
         """What is handed to `allocate`."""
         return {
@@ -137,13 +180,14 @@ class Settings:
             ValueError: If the budget is out of reach, or a limit on the loss is asked for and the model has no
                 next-token loss.
         """
+        self.embedding_bits(model, budget)
         if budget.plan is not None:
             _check_plan(budget.plan, sites)
         elif "bits" in self.ways(budget):
             if budget.rank is not None:
                 raise InputError("A `rank` leaves no budget over bits. Give `bits`, `bytes`, `keep` or a limit.")
             if budget.max_loss_increase is None:
-                keep = budget.keep_of(model, sites)
+                keep = budget.keep_of(model, sites, self.most_saved(model, budget))
                 allocate(sites, keep=keep, losses=_even(sites), allow=self.ways(budget), multiple=self.multiple)
         elif budget.max_loss_increase is None:
             even = {site.name: [1.0] * min(site.out_features, site.in_features) + [0.0] for site in sites}

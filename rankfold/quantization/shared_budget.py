@@ -22,6 +22,7 @@ from rankfold.modules import (
     WHOLE_MATRIX,
     WHOLE_ROW,
     CompensatedLinear,
+    GroupEmbedding,
     GroupLinear,
     LowRankLinear,
     linear_at,
@@ -343,7 +344,7 @@ def store_quantizations(model: Any) -> None:
     """Write into a model's configuration which of its layers lie in few bits, so that loading makes them so."""
     stored: dict[tuple[int, int], dict[str, Any]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, GroupLinear):
+        if isinstance(module, GroupLinear) and not isinstance(module, GroupEmbedding):
             settings = Groups(module.bits, module.group)
             entry = stored.setdefault(
                 (module.bits, module.group), {"scheme": "gptq", "settings": asdict(settings), "modules": {}}
