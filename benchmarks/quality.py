@@ -93,10 +93,10 @@ class Subject:
 
 
 def ours(count: int | None = None, **choices: Any) -> Callable[..., float]:
-    """`rankfold.compress`, as users call it, with some choices of its own or with its defaults."""
+    """`rankfold.compress`, as users call it, at its best effort, with some choices of its own."""
 
     def run(subject: Subject, model: Any, keep: float, seed: int) -> float:
-        settings = {"labels": subject.labels, **choices}
+        settings = {"labels": subject.labels, "effort": "best", **choices}
         windows = subject.windows(count or subject.count, seed)
         sites = find_sites(model).select()
         plan = compress(model, text=windows, batch_size=BATCH, keep=keep, seed=seed, sites=sites, **settings)

@@ -38,7 +38,7 @@ def main() -> None:
     text = story.read_text()
     stream = token_stream(tokenizer, (text[: int(0.7 * len(text))],))
     small = copy.deepcopy(dense)
-    compress(small, tokenizer, keep=0.8, text=random_windows(stream, 128, 256, 0), batch_size=32)
+    compress(small, tokenizer, keep=0.8, text=random_windows(stream, 128, 256, 0), batch_size=32, effort="best")
     models = {"dense": dense, "rankfold, keep 0.8": small}
     results, here = Results("benchmarks"), circumstances(models, seed=0)
     with tempfile.TemporaryDirectory() as work:

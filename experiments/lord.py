@@ -77,8 +77,8 @@ class Subject:
         return self.compressed(rank=rank, method="lord", sites=[kind or DOWN[self.name]])
 
     def rankfold(self, keep: float, form: str | None = None) -> Any:
-        """The default of `rankfold compress`, or the same in another form."""
-        return self.compressed(keep=keep, form=form)
+        """`rankfold compress --effort best`, in the default form or another."""
+        return self.compressed(keep=keep, form=form, effort="best")
 
     def compressed(self, **choices: Any) -> Any:
         """A copy of the model after the one call that users make."""

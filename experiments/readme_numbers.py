@@ -111,7 +111,7 @@ def grids() -> list[str]:
         "Written by `python experiments/readme_numbers.py` from `benchmarks/results/quality.jsonl` (`python benchmarks/quality.py`). One shot, no",
         "training, the same calibration tokens for every row; sites' parameters kept, equal to the sites' 16-bit bytes. stories260K: mean of three",
         "seeds; ± is the standard error over evaluation windows, or the spread over seeds where that is larger. Rows named rankfold are",
-        f"`rankfold.compress` as users call it. {made_with(records)}, CPU.",
+        f'`rankfold.compress` as users call it, with `effort="best"`. {made_with(records)}, CPU.',
         "",
         "**INT8 stores half the bytes and costs less quality than any low-rank row here; NF4 stores a quarter and costs less than most rows at keep",
         "0.8 and below, with the same training too.**",

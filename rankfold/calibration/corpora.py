@@ -19,6 +19,9 @@ from rankfold.calibration.rows import SUFFIXES, dataset_texts, file_texts
 from rankfold.errors import InputError
 from rankfold.sites import text_arguments, text_part, vocabulary_size
 
+LOGITS = 2**25
+"""Logits of a batch above which it gets fewer windows: with their gradients they take 20 bytes each."""
+
 BUNDLED = ("bundled:calibration", "bundled:python-held-out", "bundled:english-held-out")
 """Names of the bundled texts: a mixed sample to calibrate on, and two to evaluate on."""
 
@@ -210,8 +213,15 @@ def default_length(config: Any) -> int:
     return min(512, max_length(config) or 512)
 
 
-def make_batches(model: Any, windows: Int[Tensor, "windows length"], batch_size: int = 8) -> list[dict[str, Tensor]]:
+def make_batches(
+    model: Any, windows: Int[Tensor, "windows length"], batch_size: int | None = None
+) -> list[dict[str, Tensor]]:
     """Keyword arguments of forward calls, on the model's device; a decoder reads what its encoder reads.
+
+    Args:
+        model: The model that will read them.
+        windows: Token ids.
+        batch_size: Windows at once; without it as many, up to 8, as have no more than `LOGITS` logits, or one.
 
     Raises:
         ValueError: If a token id lies outside the model's vocabulary.
@@ -223,6 +233,8 @@ def make_batches(model: Any, windows: Int[Tensor, "windows length"], batch_size:
             f"{int(windows.max())}. "
             "The tokenizer belongs to another model."
         )
+    if batch_size is None:
+        batch_size = max(1, min(8, LOGITS // max(1, windows.shape[-1] * (vocabulary or 1))))
     device = next(model.parameters()).device
     return [text_arguments(model, ids.to(device)) for ids in torch.split(windows, batch_size)]
 

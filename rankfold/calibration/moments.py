@@ -27,6 +27,7 @@ from rankfold.errors import InputError
 from rankfold.factorization import METHODS, Moments, SiteMoments
 from rankfold.modules import linear_at, restack, use_eager_experts
 from rankfold.progress import Step, no_step
+from rankfold.shelf import Shelf
 from rankfold.sites import Site
 
 _CHUNK = 1024
@@ -150,6 +151,7 @@ def calibrate_blocks(
     batches: Iterable[Mapping[str, Tensor]],
     on_step: Step = no_step,
     loss: Loss | None = None,
+    shelf: Shelf | None = None,
 ) -> Iterator[BlockMoments]:
     """Moments block after block, each free to be dropped before the next is measured.
 
@@ -157,6 +159,14 @@ def calibrate_blocks(
     the caller may factorize its weights, and the other blocks are still measured on what the dense model gives
     them. With a loss the blocks come last first, its gradient flowing back. Blocks that no batch passed come
     last, with moments of nothing. Stacked experts are taken apart (`rankfold.modules.LinearStack`), and stay so.
+
+    Args:
+        model: The model, which is left as it was but for its experts.
+        sites: Sites to measure.
+        batches: Keyword arguments of the model's forward call, without padding.
+        on_step: Called after each batch has passed a block.
+        loss: What is followed back, if anything.
+        shelf: Where hidden states wait for the way back; without it in memory.
 
     Raises:
         ValueError: If there is no batch or a value is not finite.
@@ -182,7 +192,7 @@ def calibrate_blocks(
             # Not one chain of blocks: the graph is built whole, one batch at a time.
             _backpropagate(model, [*observers.values()], batches, loss, on_step)
             visits = {}
-        for block, step in _steps(model, list(by_block), batches, on_step, loss) if visits else ():
+        for block, step in _steps(model, list(by_block), batches, on_step, loss, shelf) if visits else ():
             if block not in observers:
                 continue
             with observers[block].watching(model):
@@ -216,10 +226,11 @@ def _steps(
     batches: Sequence[Mapping[str, Tensor]],
     on_step: Step,
     loss: Loss | None,
+    shelf: Shelf | None,
 ) -> Iterator[tuple[str, BlockStep]]:
     """The walk that serves: through the body only where no head is measured, and back where there is a loss."""
     if loss is not None:
-        for step in walk_blocks_back(model, batches, loss, on_step):
+        for step in walk_blocks_back(model, batches, loss, on_step, shelf):
             yield step.path, step
         return
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import InputError
 from rankfold.progress import Step, no_step
+from rankfold.shelf import Shelf
 from rankfold.sites import block_paths
 
 
@@ -111,6 +112,7 @@ def walk_blocks_back(
     batches: Iterable[Mapping[str, Tensor]],
     loss: Callable[[Any, Mapping[str, Tensor]], Tensor],
     on_step: Step = no_step,
+    shelf: Shelf | None = None,
 ) -> Iterator[BlockStep]:
     """Walk over the blocks from the last to the first, the gradient of a loss flowing back, one block at a time.
 
@@ -123,6 +125,7 @@ def walk_blocks_back(
         batches: Keyword arguments of the forward call.
         loss: A scalar from the model's output and its batch, such as `rankfold.calibration.summed_loss` gives.
         on_step: Called after each batch has passed a block, forward and back.
+        shelf: Where hidden states at the entrance of every block wait for the way back.
 
     Raises:
         ValueError: If there is no batch, or the model has both an encoder and a decoder. Other models whose blocks
@@ -152,18 +155,24 @@ def walk_blocks_back(
         return hidden
 
     batches = list(batches)
+    states = Shelf() if shelf is None else shelf
     visits = sum(1 for _ in walk_blocks(model, batches[:1]))
     with _Forwards(model, batches, loss) as forwards:
         gradients = [torch.empty(0)] * len(batches)
         kept: list[tuple[str, list[Call]]] = []
-        for _ in range(visits):
+        for visit in range(visits):
             for index in range(len(batches)):
                 forwards.resume(index)
                 on_step()
-            kept.append((forwards.path(), list(forwards.arrivals)))
+            states["states", visit] = [call.args[0] for call in forwards.arrivals]
+            # What else a block is called with (masks, positions) is the same for all of them.
+            kept.append((forwards.path(), [call._replace(args=call.args[1:]) for call in forwards.arrivals]))
         run = through_the_end
         while kept:
-            path, calls = kept.pop()
+            path, rest = kept.pop()
+            hidden = states.pop(("states", len(kept)))
+            calls = [call._replace(args=(x, *call.args)) for x, call in zip(hidden, rest, strict=True)]
+            del hidden
             step = BlockStep(path, calls, lambda calls, run=run: back(run, calls))  # type: ignore[misc]
             yield step
             step.run()

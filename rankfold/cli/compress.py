@@ -19,7 +19,7 @@ from rankfold.cost import fast_multiple, neighbouring_ranks, parameter_count, ra
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.modules import FORMS
-from rankfold.pipeline import Budget, Settings, as_corpus, note
+from rankfold.pipeline import EFFORTS, Budget, Settings, as_corpus, note, parse_bytes
 from rankfold.pipeline import compress as compress_model
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
@@ -111,6 +111,14 @@ def compress(
             rich_help_panel="Method",
         ),
     ] = "predictions",
+    effort: Annotated[
+        str,
+        typer.Option(
+            help="quick (32 sequences, measured once), default (128), or best (measured twice again on the compressed "
+            "model, whose drift is corrected).",
+            rich_help_panel="Method",
+        ),
+    ] = "default",
     nested: Annotated[
         bool,
         typer.Option(
@@ -124,13 +132,24 @@ def compress(
         ),
     ] = "bundled:calibration",
     sequences: Annotated[
-        int, typer.Option(min=1, help="Sequences of the calibration text.", rich_help_panel="Calibration")
-    ] = 128,
+        int | None,
+        typer.Option(
+            min=1, help="Sequences of the calibration text (default: that of --effort).", rich_help_panel="Calibration"
+        ),
+    ] = None,
     length: Annotated[
         int | None,
         typer.Option(
             min=2,
             help="Tokens per sequence (default: 512, or the model's limit if lower).",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep intermediate results beyond this, such as 8GB, in a temporary folder (default: an eighth of the "
+            "free memory).",
             rich_help_panel="Calibration",
         ),
     ] = None,
@@ -157,6 +176,8 @@ def compress(
         refine=refine,
         refine_toward=refine_toward,
         embeddings=embeddings,
+        effort=effort,
+        memory=None if memory is None else parse_bytes(memory),
     )
     loaded = load_model(model, dtype=to_dtype(dtype), device=device, dense=True)
     origin = getattr(loaded, "few_bits", None)
@@ -173,7 +194,8 @@ def compress(
     _check_space(output, loaded, budget.keep_of(loaded, chosen, saved) or 1.0, chosen, saved)
     corpus = as_corpus(calibration, tokenizer) if reads else None
     if corpus is not None:
-        say(f"Calibrating on {sequences} x {length or default_length(loaded.config)} tokens of {corpus.name}.")
+        count = sequences or EFFORTS[effort].sequences
+        say(f"Calibrating on {count} x {length or default_length(loaded.config)} tokens of {corpus.name}.")
         if calibration.startswith("bundled:"):
             say("This is the bundled sample; text like yours gives a better model: --calibration my_text.jsonl")
     work = output.with_name(f".{output.name}.refine")
@@ -186,7 +208,7 @@ def compress(
             loaded, tokenizer, keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase, rank=rank,
             plan=stored, text=corpus or calibration, sequences=sequences, length=length, sites=chosen, method=method,
             allocation=allocation, form=form, allow=ways, multiple=multiple, refine=refine, refine_toward=refine_toward,
-            embeddings=embeddings, nested=nested, seed=seed, stage=stage, work=work,
+            embeddings=embeddings, effort=effort, memory=memory, nested=nested, seed=seed, stage=stage, work=work,
         )  # fmt: skip
     if origin:
         done = note(loaded, done, {"origin": origin})

@@ -28,7 +28,7 @@ def correct_drift(  # noqa: PLR0913
     plan: Plan,
     batches: Sequence[Mapping[str, Tensor]],
     dense: Mapping[str, nn.Module],
-    ordered: Mapping[str, Ordered],
+    ordered: Mapping[Any, Ordered],
     *,
     share: float = 0.5,
     on_step: Step = no_step,

@@ -19,6 +19,7 @@ from rankfold.factorization import METHODS, Ordered, SiteMoments
 from rankfold.modules import factorized_module, linear_at, matrix_of, use_eager_experts
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Step, no_step
+from rankfold.shelf import Shelf
 from rankfold.sites import Site
 
 Allocate = Callable[[Mapping[str, Sequence[float]]], Plan]
@@ -35,6 +36,7 @@ def compress_in_rounds(  # noqa: PLR0913
     method: str = "kfac",
     rounds: int = 2,
     drift: float = 0.5,
+    shelf: Shelf | None = None,
     on_step: Step = no_step,
 ) -> Plan:
     """Compress a model in place by two-sided weighting, re-measuring what compression has changed.
@@ -52,6 +54,7 @@ def compress_in_rounds(  # noqa: PLR0913
         method: A method that gives the factors of every rank at once (`Method.ordered`).
         rounds: Rounds after the first.
         drift: Share of the drift that is corrected, 0 to 1.
+        shelf: Where hidden states and the factors of every site wait; without it in memory.
         on_step: Called after each batch has passed a block.
 
     Returns:
@@ -70,15 +73,17 @@ def compress_in_rounds(  # noqa: PLR0913
         )
     batches = list(batches)
     dense: dict[str, nn.Module] = {}
-    ordered: dict[str, Ordered] = {}
+    ordered = Shelf() if shelf is None else shelf
+    losses: dict[str, list[float]] = {}
     plan = None
     for _ in range(rounds + 1):
-        for block in calibrate_blocks(model, sites, batches, on_step, loss):
+        for block in calibrate_blocks(model, sites, batches, on_step, loss, ordered):
             for name, moments in block.moments.items():
                 dense.setdefault(name, linear_at(model, name))
                 if is_reached(moments, gradients=True):
-                    ordered[name] = _decompose(name, dense[name], moments, decompose)
-        plan = allocate({name: found.losses.tolist() for name, found in ordered.items()})
+                    found = _decompose(name, dense[name], moments, decompose)
+                    ordered[name], losses[name] = found, found.losses.tolist()
+        plan = allocate(losses)
         plan = _carry_out(model, plan, dense, ordered)
     assert plan is not None, "there is at least one round"
     if drift:
@@ -132,20 +137,22 @@ def _decompose(name: str, linear: nn.Module, moments: SiteMoments, decompose: Ca
 
 
 @torch.no_grad()
-def _carry_out(model: Any, plan: Plan, dense: Mapping[str, nn.Module], ordered: Mapping[str, Ordered]) -> Plan:
+def _carry_out(model: Any, plan: Plan, dense: Mapping[str, nn.Module], ordered: Mapping[Any, Ordered]) -> Plan:
     """Put the modules of a plan in place; sites without statistics stay dense."""
     options: list[Option] = []
     for option in plan.options:
         unreached = [name for name in option.sites if name not in ordered and option.form != DENSE]
+        shrinkages: list[float] = []
         for name in option.sites:
             linear: Any = dense[name]
             if option.form == DENSE or name in unreached:
                 model.set_submodule(name, linear)
                 continue
-            factors = ordered[name].truncate(*matrix_of(linear), option.ranks[0])
+            found = ordered[name]
+            shrinkages.append(found.shrinkage)
+            factors = found.truncate(*matrix_of(linear), option.ranks[0])
             module = factorized_module(factors, option.form, linear.weight.dtype)
             model.set_submodule(name, module.requires_grad_(linear.weight.requires_grad))
-        reached = [ordered[name].shrinkage for name in option.sites if name in ordered and option.form != DENSE]
-        noted = replace(option, shrinkage=max(reached)) if reached else option
+        noted = replace(option, shrinkage=max(shrinkages)) if shrinkages else option
         options.extend(split_off(model, noted, unreached))
     return replace(plan, options=tuple(options))

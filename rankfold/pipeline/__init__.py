@@ -3,12 +3,12 @@
 from rankfold.pipeline.budget import Budget, parse_bytes
 from rankfold.pipeline.reading import Reading, as_corpus, read_text
 from rankfold.pipeline.run import compress, note
-from rankfold.pipeline.settings import DRIFT, ROUNDS, Settings
+from rankfold.pipeline.settings import EFFORTS, Effort, Settings
 
 __all__ = [
-    "DRIFT",
-    "ROUNDS",
+    "EFFORTS",
     "Budget",
+    "Effort",
     "Reading",
     "Settings",
     "as_corpus",

@@ -39,7 +39,7 @@ def read_text(  # noqa: PLR0913
     *,
     sequences: int,
     length: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     seed: int = 0,
     held_out: bool = False,
 ) -> Reading:
@@ -51,7 +51,7 @@ def read_text(  # noqa: PLR0913
         text: A file, a data set name, a corpus, texts, or windows of token ids.
         sequences: Windows to draw from a text.
         length: Tokens of a window; without it 512, or what the model reads.
-        batch_size: Windows that pass the model at once.
+        batch_size: Windows that pass the model at once; without it as `make_batches` chooses.
         seed: Seed of the choice of windows, and of masks.
         held_out: Whether windows at the end are kept apart.
 

@@ -17,14 +17,15 @@ from rankfold.compression import compress_in_rounds, factorize, factorize_blocks
 from rankfold.errors import InputError
 from rankfold.fingerprint import fingerprint
 from rankfold.modules import linear_at, use_eager_experts
-from rankfold.pipeline.budget import Budget
+from rankfold.pipeline.budget import Budget, parse_bytes
 from rankfold.pipeline.reading import Reading, read_text
-from rankfold.pipeline.settings import DRIFT, UNTOUCHED, Settings
+from rankfold.pipeline.settings import EFFORTS, UNTOUCHED, Settings
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Stage, Step, no_stage
 from rankfold.quality import next_token_quality
 from rankfold.quantization import Width, compress_in_bits, embedding_widths, find_embeddings, put_in_bits
 from rankfold.recovery import predicts, refine_blocks, refine_predictions
+from rankfold.shelf import Shelf, usual_limit
 from rankfold.sites import Site, Sites, block_paths, find_sites
 
 SEARCH_STEPS = 6
@@ -48,23 +49,25 @@ def compress(  # noqa: PLR0913
     rank: int | None = None,
     plan: Plan | None = None,
     text: str | Path | Corpus | Sequence[str] | Tensor = BUNDLED[0],
-    sequences: int = 128,
+    sequences: int | None = None,
     length: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     sites: Sequence[str | Site] | None = None,
     method: str | None = None,
     allocation: str | None = None,
     form: str | None = None,
     allow: str | Sequence[str] | None = None,
     multiple: int = 1,
+    effort: str = "default",
     rounds: int | None = None,
-    drift: float = DRIFT,
+    drift: float | None = None,
     refine: int = 0,
     refine_toward: str = "predictions",
     embeddings: int | None = None,
     labels: str | None = None,
     nested: bool = False,
     statistics: Statistics | None = None,
+    memory: int | str | None = None,
     seed: int = 0,
     stage: Stage = no_stage,
     work: Path | None = None,
@@ -86,18 +89,20 @@ def compress(  # noqa: PLR0913
         plan: A plan whose forms and ranks are carried out as they are.
         text: What to calibrate on: a file, a data set name, a corpus, texts, or windows of token ids (windows,
             length), which are taken as they are.
-        sequences: Number of windows of the text.
+        sequences: Number of windows of the text; by default that of the effort.
         length: Tokens per window; by default 512, or the model's limit if lower.
-        batch_size: Windows per forward pass.
+        batch_size: Windows per forward pass; by default 8, or fewer where their logits would take much memory.
         sites: Patterns or kinds of sites, or sites; by default all linear layers of the blocks that read text.
         method: A key of `rankfold.factorization.METHODS`; without it that of the plan, or `kfac`.
         allocation: A key of `rankfold.allocation.ALLOCATIONS`; by default the one that suits method and budget.
         form: A key of `rankfold.modules.FORMS`; by default the method's own.
         allow: What the budget may be spent on: `rank`, `bits`, or both (`"rank,bits"`).
         multiple: Ranks are rounded down to a multiple of this.
-        rounds: Rounds after the first in which statistics are re-measured, for ordered methods; by default 2, or none
-            where bits are shared out.
-        drift: Share of the drift that is corrected, 0 to 1, for ordered methods.
+        effort: `quick` calibrates on 32 sequences and measures once; `default` on 128; `best` measures twice again on
+            the compressed model and corrects its drift.
+        rounds: Rounds after the first in which statistics are re-measured, for ordered methods; by default those of
+            the effort, or none where bits are shared out.
+        drift: Share of the drift that is corrected, 0 to 1, for ordered methods; by default that of the effort.
         refine: Gradient steps on each block after its factorization.
         refine_toward: `predictions` of the model, or each `block`'s own output.
         embeddings: Bits of the embeddings and the head, 2 to 8, or 16 to leave them; by default a budget of bytes
@@ -105,6 +110,8 @@ def compress(  # noqa: PLR0913
         labels: `text` or `sampled`; by default those of the text, if it has any.
         nested: Write one larger model that `rankfold.compression.shrink` cuts to any budget; the budget is ignored.
         statistics: What `calibrate` measured of the dense model, for several budgets over bits one after another.
+        memory: Intermediate results beyond this, in bytes or as `"8GB"`, wait in a temporary folder (`TMPDIR`) instead
+            of memory; by default an eighth of what is free.
         seed: Random seed.
         stage: Opens a stage of work, for progress bars.
         work: Folder in which refined blocks are kept, so that an interrupted run resumes; the caller removes it.
@@ -127,8 +134,9 @@ def compress(  # noqa: PLR0913
     ways = allow.split(",") if isinstance(allow, str) else allow
     settings = Settings(
         method=method or "kfac", allocation=allocation, form=form, allow=None if ways is None else tuple(ways),
-        multiple=multiple, rounds=rounds, drift=drift, refine=refine, refine_toward=refine_toward,
+        multiple=multiple, effort=effort, rounds=rounds, drift=drift, refine=refine, refine_toward=refine_toward,
         embeddings=embeddings, labels=labels, seed=seed,
+        memory=parse_bytes(memory) if isinstance(memory, str) else memory,
     )  # fmt: skip
     chosen = _chosen(model, sites)
     settings.check(model, chosen, budget)
@@ -136,8 +144,9 @@ def compress(  # noqa: PLR0913
     if nested or settings.needs_text(budget):
         held_out = budget.max_loss_increase is not None
         reading = read_text(
-            model, tokenizer, text, sequences=sequences, length=length, batch_size=batch_size, seed=seed,
-            held_out=held_out,
+            model, tokenizer, text, sequences=sequences or EFFORTS[effort].sequences, length=length,
+            # Refinement takes a gradient step a batch, so its size is no matter of memory alone.
+            batch_size=batch_size or (8 if refine else None), seed=seed, held_out=held_out,
         )  # fmt: skip
     if nested:
         assert reading is not None, "a nested model is measured"
@@ -214,9 +223,10 @@ class _Compression:
     def attempt(self, keep: float | None, title: str) -> Plan:
         """Compress once."""
         model, settings, batches = self.model, self.settings, self.batches
-        rounds = settings.rounds_for(self.budget)
+        rounds, drift = settings.rounds_for(self.budget), settings.drift_for(self.budget)
         blocks = len({site.block for site in self.sites if site.block})
-        facts = {} if self.reading is None else dict(self.reading.facts)
+        facts = {} if self.reading is None else {**self.reading.facts, "effort": settings.effort}
+        shelf = Shelf(usual_limit() if settings.memory is None else settings.memory)
         gradients = settings.needs_gradients(self.budget)
         if gradients:
             facts["labels"] = self.labels
@@ -225,14 +235,14 @@ class _Compression:
             return replace(self._allocated(keep, losses), calibration=facts)
 
         if "bits" in settings.ways(self.budget):
-            visits = (rounds + 1) * 2 * blocks + (6 * blocks if settings.drift else 0)
+            visits = (rounds + 1) * 2 * blocks + (6 * blocks if drift else 0)
             advance = self.stage(f"{title}measuring inputs and gradients", visits * len(batches))
-            return self._shared(keep, facts, advance)
+            return self._shared(keep, facts, shelf, advance)
         if gradients and settings.entry.ordered is not None:
-            visits = (rounds + 1) * 2 * blocks + (6 * blocks if settings.drift else 0)
+            visits = (rounds + 1) * 2 * blocks + (6 * blocks if drift else 0)
             return compress_in_rounds(
                 model, self.sites, batches, loss=summed_loss(model, self.labels, settings.seed), allocate=allocated,
-                method=settings.method, rounds=rounds, drift=settings.drift,
+                method=settings.method, rounds=rounds, drift=drift, shelf=shelf,
                 on_step=self.stage(f"{title}measuring inputs and gradients", visits * len(batches)),
             )  # fmt: skip
         if gradients:
@@ -246,7 +256,7 @@ class _Compression:
             return factorize_blocks(model, allocated(None), self.sites, batches, advance)
         return factorize(model, allocated(None), on_step=self.stage(f"{title}sites", len(self.sites)))
 
-    def _shared(self, keep: float | None, facts: Mapping[str, Any], on_step: Step) -> Plan:
+    def _shared(self, keep: float | None, facts: Mapping[str, Any], shelf: Shelf, on_step: Step) -> Plan:
         """Compress once, the budget shared out over bits and ranks."""
         settings = self.settings
         rounds = settings.rounds_for(self.budget)
@@ -272,7 +282,7 @@ class _Compression:
         loss = summed_loss(self.model, self.labels, settings.seed)
         return compress_in_bits(
             self.model, self.sites, self.batches, loss=loss, allocate=allocated, rounds=rounds,
-            drift=settings.drift, statistics=self.statistics, on_step=on_step,
+            drift=settings.drift_for(self.budget), statistics=self.statistics, shelf=shelf, on_step=on_step,
         )  # fmt: skip
 
     def _allocated(self, keep: float | None, losses: Mapping[str, Sequence[float]] | None) -> Plan:

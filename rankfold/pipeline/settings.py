@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,17 +19,30 @@ from rankfold.sites import Site
 REFINE_TOWARD = ("predictions", "block")
 """What refined blocks aim at: the model's predictions, or the dense block's own output."""
 
-ROUNDS = 2
-"""Rounds after the first in which statistics are measured again, unless a caller says otherwise."""
 
-ROUNDS_IN_BITS = 0
-"""The same where bits are shared out too."""
+class Effort(NamedTuple):
+    """How much is measured, unless a caller says otherwise of one of these."""
+
+    sequences: int
+    """Windows of the calibration text."""
+    rounds: int
+    """Rounds after the first in which statistics are measured again, where ranks alone are chosen."""
+    drift: float
+    """Share of the drift that is corrected, there."""
+    drift_in_bits: float
+    """The same where bits are shared out; statistics are measured once then."""
+
+
+EFFORTS = {
+    "quick": Effort(32, 0, 0.0, 0.0),
+    "default": Effort(128, 0, 0.0, 0.5),
+    "best": Effort(128, 2, 0.5, 0.5),
+}
+"""What one word stands for. Rounds and drift pay for themselves on models of under a million parameters, more text on
+SmolLM2-135M (docs/log.md)."""
 
 UNTOUCHED = 16
 """Bits of embeddings that are left as they are."""
-
-DRIFT = 0.5
-"""Share of the drift that is corrected, unless a caller says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +60,14 @@ class Settings:
     multiple: int = 1
     """Ranks are lowered to a multiple of this."""
     rounds: int | None = None
-    """Rounds after the first in which statistics are measured again, for methods that are ordered; by default `ROUNDS`
-    or, where bits are shared out, `ROUNDS_IN_BITS`."""
-    drift: float = DRIFT
-    """Share of the drift that is corrected, 0 to 1, for the same."""
+    """Rounds after the first in which statistics are measured again, for methods that are ordered; without them those
+    of the effort."""
+    drift: float | None = None
+    """Share of the drift that is corrected, 0 to 1, for the same; without it that of the effort."""
+    effort: str = "default"
+    """A key of `EFFORTS`."""
+    memory: int | None = None
+    """Bytes of intermediate results that wait in memory, not on disk; without it an eighth of what is free."""
     refine: int = 0
     """Gradient steps on each block after its factorization."""
     refine_toward: str = "predictions"
@@ -64,7 +81,11 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse unknown names before any work is done."""
         allocation = self.allocation or "knapsack"
-        named = (("method", self.method, METHODS), ("allocation", allocation, ALLOCATIONS))
+        named = (
+            ("method", self.method, METHODS),
+            ("allocation", allocation, ALLOCATIONS),
+            ("effort", self.effort, EFFORTS),
+        )
         for what, value, known in (*named, ("refine_toward", self.refine_toward, REFINE_TOWARD)):
             if value not in known:
                 raise InputError(f"`{what}` must be one of {', '.join(known)}, but got {value!r}.")
@@ -81,10 +102,10 @@ class Settings:
             raise InputError(
                 f"`embeddings` must be 2 to 8 bits, or {UNTOUCHED} to leave them, but got {self.embeddings}."
             )
-        if (self.rounds or 0) < 0 or not 0 <= self.drift <= 1 or self.multiple < 1 or self.refine < 0:
+        if (self.rounds or 0) < 0 or not 0 <= (self.drift or 0) <= 1 or self.multiple < 1 or self.refine < 0:
             raise InputError(
                 "`rounds` and `refine` must be >= 0, `drift` in [0, 1] and `multiple` >= 1, but got "
-                f"{self.rounds}, {self.refine}, {self.drift:g} and {self.multiple}."
+                f"{self.rounds}, {self.refine}, {self.drift} and {self.multiple}."
             )
 
     @property
@@ -106,10 +127,17 @@ class Settings:
         return WAYS if self.shares_bits and not in_ranks else ("rank",)
 
     def rounds_for(self, budget: Budget) -> int:
-        """Rounds after the first: those asked for, or those that pay for what the budget is spent on (docs/log.md)."""
+        """Rounds after the first: those asked for, or those of the effort; none where bits are shared out."""
         if self.rounds is not None:
             return self.rounds
-        return ROUNDS_IN_BITS if "bits" in self.ways(budget) else ROUNDS
+        return 0 if "bits" in self.ways(budget) else EFFORTS[self.effort].rounds
+
+    def drift_for(self, budget: Budget) -> float:
+        """Share of the drift that is corrected: the one asked for, or that of the effort."""
+        if self.drift is not None:
+            return self.drift
+        effort = EFFORTS[self.effort]
+        return effort.drift_in_bits if "bits" in self.ways(budget) else effort.drift
 
     def ranks_by(self, budget: Budget) -> str:
         """The allocation, by default the one that suits method and budget."""

@@ -33,6 +33,7 @@ from rankfold.modules import (
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Step, no_step
 from rankfold.quantization.gptq import Groups, gptq, gptq_linear, gptq_widths
+from rankfold.shelf import Shelf
 from rankfold.sites import Site
 
 WIDTHS = ((2, 64), (3, 64), (4, 64), (5, 64), (6, 64), (8, 64))
@@ -213,6 +214,7 @@ def compress_in_bits(  # noqa: PLR0913
     rounds: int = 0,
     drift: float = 0.5,
     statistics: Statistics | None = None,
+    shelf: Shelf | None = None,
     on_step: Step = no_step,
 ) -> Plan:
     """Share one budget over bits and ranks, in place, each layer fitted to what the compressed ones before it give.
@@ -227,6 +229,7 @@ def compress_in_bits(  # noqa: PLR0913
         drift: Share of the drift that is corrected, 0 to 1.
         statistics: What `calibrate` measured of the dense model, in place of the first measuring; what is derived of
             it is kept there, so that the next budget costs less.
+        shelf: Where hidden states and the moments of every site wait; without it in memory.
         on_step: Called after each batch has passed a block.
 
     Returns:
@@ -239,11 +242,15 @@ def compress_in_bits(  # noqa: PLR0913
     plan = None
     for number in range(rounds + 1):
         losses: dict[str, WidthLosses] = {}
-        measured: dict[str, SiteMoments] = {}
         known = statistics if number == 0 else None
         kept = {} if known is None else known.kept
+        # What was measured before is in memory already.
+        measured: Any = Shelf() if shelf is None else shelf if known is None else {}
+        measured.clear()
         found = (
-            calibrate_blocks(model, sites, batches, on_step, loss) if known is None else [_given(model, sites, known)]
+            calibrate_blocks(model, sites, batches, on_step, loss, measured)
+            if known is None
+            else [_given(model, sites, known)]
         )
         for block in found:
             for name, moments in block.moments.items():
@@ -291,7 +298,7 @@ def _carried_out(  # noqa: PLR0913, PLR0917
     plan: Plan,
     batches: Sequence[Mapping[str, Tensor]],
     dense: Mapping[str, Any],
-    measured: Mapping[str, SiteMoments],
+    measured: Mapping[Any, SiteMoments],
     drift: float,
     on_step: Step,
 ) -> Plan:
