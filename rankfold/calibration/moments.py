@@ -111,11 +111,12 @@ def calibrate(
     *,
     method: str = "kfac",
     loss: Loss | None = None,
+    shelf: Shelf | None = None,
     on_step: Step = no_step,
 ) -> Statistics:
     """Measure the moments of all sites at once, as a method needs them.
 
-    For models whose moments fit into memory together; `calibrate_blocks` yields them block by block.
+    Without a shelf all of them lie in memory together; `calibrate_blocks` yields them block by block.
 
     Args:
         model: The model, which is left as it was.
@@ -124,6 +125,7 @@ def calibrate(
         method: A key of `rankfold.factorization.METHODS`: if it needs gradients, `usual_loss` is
             backpropagated, and the gradients' moments are measured too.
         loss: Another loss (`summed_loss`), whose gradients are measured whatever the method needs.
+        shelf: Where hidden states and moments wait, on disk beyond its limit.
         on_step: Called after each batch has passed a block.
 
     Returns:
@@ -136,8 +138,8 @@ def calibrate(
     if loss is None and METHODS[method].needs_gradients:
         loss = usual_loss(model, batches)
     implementation = getattr(model.config, "_experts_implementation", None)
-    moments: dict[str, SiteMoments] = {}
-    for block in calibrate_blocks(model, sites, batches, on_step, loss):
+    moments: Any = {} if shelf is None else shelf
+    for block in calibrate_blocks(model, sites, batches, on_step, loss, shelf):
         moments.update(block.moments)
     restack(model)
     if implementation:

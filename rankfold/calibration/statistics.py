@@ -21,8 +21,8 @@ class Statistics(Mapping[str, SiteMoments]):
     """Moments by site name, with the model whose weights they belong to."""
 
     def __init__(self, model: Any, sites: Sequence[Site], moments: Mapping[str, SiteMoments]) -> None:
-        """What `calibrate` measured; the model is looked at when losses are asked for."""
-        self._model, self._sites, self._moments = model, sites, dict(moments)
+        """What `calibrate` measured, which may lie on a shelf; the model is looked at when losses are asked for."""
+        self._model, self._sites, self._moments = model, sites, moments
         self._losses: dict[str, dict[str, list[float]]] = {}
         self.kept: dict[str, Any] = {}
         """What rooms above derive of each site, by its name, so that it is derived once."""

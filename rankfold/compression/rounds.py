@@ -37,6 +37,7 @@ def compress_in_rounds(  # noqa: PLR0913
     rounds: int = 2,
     drift: float = 0.5,
     shelf: Shelf | None = None,
+    known: dict[str, list[float]] | None = None,
     on_step: Step = no_step,
 ) -> Plan:
     """Compress a model in place by two-sided weighting, re-measuring what compression has changed.
@@ -55,6 +56,8 @@ def compress_in_rounds(  # noqa: PLR0913
         rounds: Rounds after the first.
         drift: Share of the drift that is corrected, 0 to 1.
         shelf: Where hidden states and the factors of every site wait; without it in memory.
+        known: Predicted losses of the dense model's sites. Empty ones are filled; those of an earlier call without
+            rounds on the same shelf, where their factors are, save measuring them again.
         on_step: Called after each batch has passed a block.
 
     Returns:
@@ -74,10 +77,14 @@ def compress_in_rounds(  # noqa: PLR0913
     batches = list(batches)
     dense: dict[str, nn.Module] = {}
     ordered = Shelf() if shelf is None else shelf
-    losses: dict[str, list[float]] = {}
+    losses = {} if known is None else known
     plan = None
-    for _ in range(rounds + 1):
-        for block in calibrate_blocks(model, sites, batches, on_step, loss, ordered):
+    if losses:
+        use_eager_experts(model)
+        dense = {site.name: linear_at(model, site.name) for site in sites}
+    for number in range(rounds + 1):
+        measured = () if losses and not number else calibrate_blocks(model, sites, batches, on_step, loss, ordered)
+        for block in measured:
             for name, moments in block.moments.items():
                 dense.setdefault(name, linear_at(model, name))
                 if is_reached(moments, gradients=True):

@@ -203,6 +203,10 @@ class _Compression:
                 f"Refinement needs at least two batches of calibration text, but got {len(self.batches)}, and blocks "
                 "that each forward pass applies once. Raise `sequences`, or leave `refine` out."
             )
+        self.shelf = Shelf(usual_limit() if settings.memory is None else settings.memory)
+        # Predicted losses of the dense model, while the factors behind them lie on the shelf.
+        self.known: dict[str, list[float]] | None = {} if settings.rounds_for(budget) == 0 else None
+        self.blocks = len({site.block for site in sites if site.block})
         self.dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
         use_eager_experts(model)
 
@@ -224,9 +228,10 @@ class _Compression:
         """Compress once."""
         model, settings, batches = self.model, self.settings, self.batches
         rounds, drift = settings.rounds_for(self.budget), settings.drift_for(self.budget)
-        blocks = len({site.block for site in self.sites if site.block})
+        blocks = self.blocks
         facts = {} if self.reading is None else {**self.reading.facts, "effort": settings.effort}
-        shelf = Shelf(usual_limit() if settings.memory is None else settings.memory)
+        # Forward and back; what is known of the dense model is not measured again.
+        passes = 2 * (rounds + (0 if self.statistics or self.known else 1))
         gradients = settings.needs_gradients(self.budget)
         if gradients:
             facts["labels"] = self.labels
@@ -235,14 +240,14 @@ class _Compression:
             return replace(self._allocated(keep, losses), calibration=facts)
 
         if "bits" in settings.ways(self.budget):
-            visits = (rounds + 1) * 2 * blocks + (6 * blocks if drift else 0)
+            visits = (passes + (6 if drift else 0)) * blocks
             advance = self.stage(f"{title}measuring inputs and gradients", visits * len(batches))
-            return self._shared(keep, facts, shelf, advance)
+            return self._shared(keep, facts, advance)
         if gradients and settings.entry.ordered is not None:
-            visits = (rounds + 1) * 2 * blocks + (6 * blocks if drift else 0)
+            visits = (passes + (6 if drift else 0)) * blocks
             return compress_in_rounds(
                 model, self.sites, batches, loss=summed_loss(model, self.labels, settings.seed), allocate=allocated,
-                method=settings.method, rounds=rounds, drift=drift, shelf=shelf,
+                method=settings.method, rounds=rounds, drift=drift, shelf=self.shelf, known=self.known,
                 on_step=self.stage(f"{title}measuring inputs and gradients", visits * len(batches)),
             )  # fmt: skip
         if gradients:
@@ -256,7 +261,7 @@ class _Compression:
             return factorize_blocks(model, allocated(None), self.sites, batches, advance)
         return factorize(model, allocated(None), on_step=self.stage(f"{title}sites", len(self.sites)))
 
-    def _shared(self, keep: float | None, facts: Mapping[str, Any], shelf: Shelf, on_step: Step) -> Plan:
+    def _shared(self, keep: float | None, facts: Mapping[str, Any], on_step: Step) -> Plan:
         """Compress once, the budget shared out over bits and ranks."""
         settings = self.settings
         rounds = settings.rounds_for(self.budget)
@@ -282,7 +287,7 @@ class _Compression:
         loss = summed_loss(self.model, self.labels, settings.seed)
         return compress_in_bits(
             self.model, self.sites, self.batches, loss=loss, allocate=allocated, rounds=rounds,
-            drift=settings.drift_for(self.budget), statistics=self.statistics, shelf=shelf, on_step=on_step,
+            drift=settings.drift_for(self.budget), statistics=self.statistics, shelf=self.shelf, on_step=on_step,
         )  # fmt: skip
 
     def _allocated(self, keep: float | None, losses: Mapping[str, Sequence[float]] | None) -> Plan:
@@ -308,6 +313,10 @@ class _Compression:
         before = next_token_quality(model, held_out).loss
         earlier = getattr(model.config, "rankfold", None)
         shares_bits = "bits" in self.settings.ways(self.budget)
+        if shares_bits and self.statistics is None:
+            advance = self.stage("measuring inputs and gradients", 2 * self.blocks * len(self.batches))
+            loss = summed_loss(model, self.labels, self.settings.seed)
+            self.statistics = calibrate(model, self.sites, self.batches, loss=loss, shelf=self.shelf, on_step=advance)
         # Bits are few or many by factors, parameters by differences.
         low, high = (FEWEST_BYTES if shares_bits else 0.0), 1.0
         best: float | None = None
@@ -350,8 +359,7 @@ class _Compression:
         folder = None
         if work is not None:
             folder = work[0] / fingerprint(work[1], chosen, asdict(settings), self.batches)
-        blocks = len({site.block for site in self.sites if site.block})
-        advance = self.stage("refining blocks", steps * blocks)
+        advance = self.stage("refining blocks", steps * self.blocks)
         training: dict[str, Any] = {"steps": steps, "seed": settings.seed, "work": folder, "on_step": advance}
         if teacher is not None:
             refine_predictions(model, teacher, self.batches, **training)

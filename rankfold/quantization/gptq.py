@@ -17,6 +17,9 @@ from rankfold.modules import WHOLE_MATRIX, GroupLinear, Quantizer
 COLUMNS = 128
 """Columns whose errors are gathered before the columns after them are corrected."""
 
+TILE = 64
+"""Rows and columns of what is rounded at once where both moments are known."""
+
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 """Shares of a group's range that are tried; a little is often cut off for finer steps."""
 
@@ -133,9 +136,7 @@ def gptq_widths(
         down = outputs.diagonal().argsort(descending=True).to(W.device)
         G = _inverse_factor(outputs.to(W.device)[down][:, down], damping).float()
         problem = _Problem(W[down][:, across], scales[:, down][:, :, where], zeros[:, down][:, :, where], top)
-        # The same the other way round, which is cheaper where it is long.
-        turned = rows > columns
-        codes = _round_both_ways(problem.transposed(), S, G).mT if turned else _round_both_ways(problem, G, S)
+        codes = _round_both_ways(problem, G, S)
     levels = torch.empty_like(codes)
     levels[:, down[:, None], across[None]] = codes
     return {
@@ -152,9 +153,6 @@ class _Problem(NamedTuple):
     zeros: Float[Tensor, "widths rows columns"]
     top: Float[Tensor, " widths"]
     """Highest level."""
-
-    def transposed(self) -> _Problem:
-        return _Problem(self.weight.T, self.scales.mT, self.zeros.mT, self.top)
 
 
 def _round_columns(problem: _Problem, S: Float[Tensor, "columns columns"]) -> Integer[Tensor, "widths rows columns"]:
@@ -182,41 +180,77 @@ def _round_both_ways(
     """Levels in an order in which the errors of all earlier rows and columns are known.
 
     With the factors `G` and `S` of both inverse moments, the error at `(i, j)` moves the target at every later
-    `(i', j')` by `G[i, i'] S[j, j']`. Weights on one diagonal of a panel of columns do not depend on each other.
+    `(i', j')` by `G[i, i'] S[j, j']`. Square tiles on one diagonal of the matrix do not depend on each other and are
+    rounded together; what they mean for later tiles goes there in products of whole tiles.
     """
-    W = problem.weight.expand_as(problem.scales).clone()
-    count, rows, columns = W.shape
+    count, rows, columns = problem.scales.shape
+    # What is filled up is 0, is rounded to 0, and moves nothing.
+    more = (0, -columns % TILE, 0, -rows % TILE)
+    W = F.pad(problem.weight, more).repeat(count, 1, 1)
+    scales, zeros = F.pad(problem.scales, more, value=1.0), F.pad(problem.zeros, more)
+    G, S = _filled_up(G), _filled_up(S)
+    high, wide = W.shape[1] // TILE, W.shape[2] // TILE
+    spans = [slice(start, start + TILE) for start in range(0, max(W.shape[1:]), TILE)]
+    # The errors above a tile, each times what it means for the tile's rows.
+    above = torch.zeros_like(W)
     codes = torch.zeros_like(W, dtype=torch.uint8)
-    top = problem.top[:, None]
-    # Wide panels have fewer diagonals, and more to do on each: worth it where one width alone is rounded.
-    wide = 2 * COLUMNS if count == 1 else COLUMNS
-    for start in range(0, columns, wide):
-        end = min(start + wide, columns)
-        size = end - start
-        # Columns are reversed within the panel, so that a diagonal runs down and to the right.
-        panel, scales, zeros = (part[:, :, start:end].flip(2) for part in (W, problem.scales, problem.zeros))
-        factor = S[start:end, start:end].flip(0, 1)
-        own = factor.diagonal()
-        before = factor.T.triu(1)
-        # What the errors of a column, from the top to the row that is next, mean for each of its rows.
-        moved = torch.zeros(count, size, rows, device=W.device)
-        passed = torch.zeros(count, rows, size, device=W.device)
-        levels = torch.zeros_like(panel)
-        for step in range(rows + size - 1):
-            low, high = max(0, step - size + 1), min(rows, step + 1)
-            first = size - 1 - step + low
-            r, c = slice(low, high), slice(first, first + high - low)
-            target = panel[:, r, c].diagonal(dim1=1, dim2=2) - moved[:, c, r].diagonal(dim1=1, dim2=2) * own[c]
-            target = target - (passed[:, r] * before[c]).sum(2)
-            scale, zero = (part[:, r, c].diagonal(dim1=1, dim2=2) for part in (scales, zeros))
-            level = torch.minimum((target / scale + zero).round_().clamp_(min=0), top)
-            levels[:, r, c].diagonal(dim1=1, dim2=2).copy_(level)
-            error = (target - (level - zero) * scale) / (G.diagonal()[r] * own[c])
-            moved[:, c, low:].addcmul_(error[..., None], G[r, low:])
-            passed[:, r, c].diagonal(dim1=1, dim2=2).copy_(moved[:, c, r].diagonal(dim1=1, dim2=2))
-        codes[:, :, start:end] = levels.flip(2).to(torch.uint8)
-        W[:, :, end:] -= passed.flip(2) @ S[start:end, end:]
-    return codes
+    for diagonal in range(high + wide - 1):
+        places = [(spans[i], spans[diagonal - i]) for i in range(max(0, diagonal - wide + 1), min(high, diagonal + 1))]
+        fallen, targets, scale, zero = (
+            torch.stack([part[:, r, c] for r, c in places], 1) for part in (above, W, scales, zeros)
+        )
+        own, other = torch.stack([S[c, c] for _, c in places]), torch.stack([G[r, r] for r, _ in places])
+        levels, errors, passed = _round_tiles(targets - fallen @ own, scale, zero, problem.top, other, own)
+        for k, (r, c) in enumerate(places):
+            codes[:, r, c] = levels[:, k].to(torch.uint8)
+            above[:, r.stop :, c] += G[r, r.stop :].T @ errors[:, k]
+            W[:, r, c.stop :] -= (fallen[:, k] + passed[:, k]) @ S[c, c.stop :]
+    return codes[:, :rows, :columns]
+
+
+def _filled_up(factor: Float[Tensor, "size size"]) -> Float[Tensor, "more more"]:
+    """A factor with ones on the diagonal beyond its end, up to a whole number of tiles."""
+    size = len(factor)
+    missing = -size % TILE
+    filled = F.pad(factor, (0, missing, 0, missing))
+    filled.diagonal()[size:] = 1
+    return filled
+
+
+def _round_tiles(
+    targets: Float[Tensor, "widths tiles size size"],
+    scales: Float[Tensor, "widths tiles size size"],
+    zeros: Float[Tensor, "widths tiles size size"],
+    top: Float[Tensor, " widths"],
+    G: Float[Tensor, "tiles size size"],
+    S: Float[Tensor, "tiles size size"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels of tiles, diagonal after diagonal; their errors, and these added up down the rows as `G` weighs them."""
+    size = targets.shape[-1]
+    # Columns are reversed, so that a diagonal runs down and to the right.
+    targets, scales, zeros = (part.flip(3) for part in (targets, scales, zeros))
+    factor = S.flip(1, 2)
+    own, other = factor.diagonal(dim1=1, dim2=2), G.diagonal(dim1=1, dim2=2)
+    before = factor.mT.triu(1)
+    # What the errors of a column, from the top to the row that is next, mean for each of its rows.
+    moved = torch.zeros_like(targets)
+    levels, errors, passed = (torch.zeros_like(targets) for _ in range(3))
+    for step in range(2 * size - 1):
+        low, high = max(0, step - size + 1), min(size, step + 1)
+        first = size - 1 - step + low
+        r, c = slice(low, high), slice(first, first + high - low)
+        target, scale, zero, level_at, error_at, passed_at = (
+            part[:, :, r, c].diagonal(dim1=2, dim2=3) for part in (targets, scales, zeros, levels, errors, passed)
+        )
+        moved_at = moved[:, :, c, r].diagonal(dim1=2, dim2=3)
+        target = target - moved_at * own[:, c] - (passed[:, :, r] * before[:, c]).sum(3)
+        level = torch.minimum((target / scale + zero).round_().clamp_(min=0), top[:, None, None])
+        error = (target - (level - zero) * scale) / (other[:, r] * own[:, c])
+        moved[:, :, c, low:].addcmul_(error[..., None], G[:, r, low:])
+        level_at.copy_(level)
+        error_at.copy_(error)
+        passed_at.copy_(moved_at)
+    return levels.flip(3), errors.flip(3), passed.flip(3)
 
 
 def _inverse_factor(second: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:

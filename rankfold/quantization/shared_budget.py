@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.allocation import MULTIPLE, WidthLosses
-from rankfold.calibration import BlockMoments, Loss, Statistics, calibrate_blocks, is_reached
+from rankfold.calibration import Loss, Statistics, calibrate_blocks, is_reached
 from rankfold.compression import Streams, finish, fit_along
 from rankfold.errors import InputError
 from rankfold.factorization import SiteMoments, ordered_kfac, predicted_loss
@@ -244,22 +244,20 @@ def compress_in_bits(  # noqa: PLR0913
         losses: dict[str, WidthLosses] = {}
         known = statistics if number == 0 else None
         kept = {} if known is None else known.kept
-        # What was measured before is in memory already.
-        measured: Any = Shelf() if shelf is None else shelf if known is None else {}
-        measured.clear()
+        measured: Any = known
+        if known is None:
+            measured = Shelf() if shelf is None else shelf
+            measured.clear()
         found = (
-            calibrate_blocks(model, sites, batches, on_step, loss, measured)
-            if known is None
-            else [_given(model, sites, known)]
+            _measured(model, sites, batches, on_step, loss, measured) if known is None else _given(model, sites, known)
         )
-        for block in found:
-            for name, moments in block.moments.items():
-                dense.setdefault(name, linear_at(model, name))
-                if is_reached(moments, gradients=True):
-                    W, b = matrix_of(dense[name])
-                    if name not in kept:
-                        kept[name] = _named(name, partial(width_losses, W, moments, centred=b is not None))
-                    losses[name], measured[name] = kept[name], moments
+        for name, moments in found:
+            dense.setdefault(name, linear_at(model, name))
+            if is_reached(moments, gradients=True):
+                W, b = matrix_of(dense[name])
+                if name not in kept:
+                    kept[name] = _named(name, partial(width_losses, W, moments, centred=b is not None))
+                losses[name] = kept[name]
         plan = allocate(losses)
         for name, layer in dense.items():
             model.set_submodule(name, layer)
@@ -271,8 +269,18 @@ def compress_in_bits(  # noqa: PLR0913
     return plan
 
 
-def _given(model: Any, sites: Sequence[Site], statistics: Statistics) -> BlockMoments:
-    """Statistics that were measured before, as those of one block."""
+def _measured(
+    model: Any, sites: Sequence[Site], batches: Sequence[Mapping[str, Tensor]], on_step: Step, loss: Loss, shelf: Any
+) -> Iterator[tuple[str, SiteMoments]]:
+    """Moments of one site after the other, which are kept on a shelf."""
+    for block in calibrate_blocks(model, sites, batches, on_step, loss, shelf):
+        for name, moments in block.moments.items():
+            shelf[name] = moments
+            yield name, moments
+
+
+def _given(model: Any, sites: Sequence[Site], statistics: Statistics) -> Iterator[tuple[str, SiteMoments]]:
+    """Moments that were measured before."""
     missing = [site.name for site in sites if site.name not in statistics]
     if missing or not statistics.have_gradients:
         raise InputError(
@@ -280,7 +288,8 @@ def _given(model: Any, sites: Sequence[Site], statistics: Statistics) -> BlockMo
             "every site, but do not. Calibrate these sites with a loss: calibrate(model, sites, batches)."
         )
     use_eager_experts(model)
-    return BlockMoments(None, {site.name: statistics[site.name] for site in sites})
+    for site in sites:
+        yield site.name, statistics[site.name]
 
 
 def _named(name: str, make: Callable[[], Any]) -> Any:
@@ -310,7 +319,9 @@ def _carried_out(  # noqa: PLR0913, PLR0917
         layer: nn.Module
         linear, option = dense[site.name], option_of[site.name]
         W, bias = matrix_of(linear)
-        target, moments = W, measured.get(site.name, SiteMoments())
+        target, moments = W, measured[site.name]
+        if not is_reached(moments, gradients=True):
+            moments = SiteMoments()
         if streams is not None:
             target = W + drift * streams.correction(W, centred=bias is not None)
             moments = moments._replace(inputs=streams.drifted)

@@ -12,7 +12,7 @@ import torch
 from conftest import stacked_experts
 
 from rankfold import Plan, allocate, calibrate, compress, find_sites
-from rankfold.calibration import summed_loss
+from rankfold.calibration import calibrate_blocks, summed_loss
 from rankfold.checkpoint import load_model, save
 from rankfold.compression import compress_in_rounds, restore
 from rankfold.factorization import predicted_loss
@@ -90,6 +90,24 @@ def test_a_limit_on_the_loss_is_kept_on_held_out_text() -> None:
         assert plan.calibration["measured_increase"] == pytest.approx(rise, abs=2e-5)
     assert loose.parameters < tight.parameters
     assert few.bytes < loose.bytes
+
+
+@pytest.mark.parametrize("allow", ["rank", "rank,bits"])
+def test_a_search_measures_the_dense_model_once(allow: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def counted(*given: Any, **settings: Any) -> Any:
+        measured.append(1)
+        return calibrate_blocks(*given, **settings)
+
+    for room in ("calibration.moments", "compression.rounds", "quantization.shared_budget"):
+        monkeypatch.setattr(f"rankfold.{room}.calibrate_blocks", counted)
+    model, plan = compressed("llama", max_loss_increase=1e-3, text=windows(40), allow=allow)
+    assert len(measured) == 1
+    # What is carried out is what the same share of the parameters or bytes gives by itself.
+    budget = {"keep": plan.keep, "allow": allow}
+    again, _ = compressed("llama", text=windows(40)[:32], **budget)
+    assert all(map(torch.equal, model.state_dict().values(), again.state_dict().values()))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,11 @@ def eliminated(W: Tensor, scales: Tensor, zeros: Tensor, top: int, S: Tensor, G:
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (8, 5)])
-def test_both_sides_are_the_elimination_of_the_whole_hessian(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("tile", [3, 64])
+def test_both_sides_are_the_elimination_of_the_whole_hessian(
+    shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[Groups.__module__], "TILE", tile)
     W, S, G = case(*shape)
     levels = gptq(W, S, 3, 4, G)
     scales, zeros = (p.repeat_interleave(4, 1)[:, : shape[1]] for p in (levels.scales, levels.zeros))
