@@ -229,12 +229,12 @@ class _Compression:
         model, settings, batches = self.model, self.settings, self.batches
         rounds, drift = settings.rounds_for(self.budget), settings.drift_for(self.budget)
         blocks = self.blocks
-        facts = {} if self.reading is None else {**self.reading.facts, "effort": settings.effort}
+        facts = {} if self.reading is None else dict(self.reading.facts)
         # Forward and back; what is known of the dense model is not measured again.
         passes = 2 * (rounds + (0 if self.statistics or self.known else 1))
         gradients = settings.needs_gradients(self.budget)
         if gradients:
-            facts["labels"] = self.labels
+            facts |= {"labels": self.labels, "effort": settings.effort}
 
         def allocated(losses: Mapping[str, Sequence[float]] | None) -> Plan:
             return replace(self._allocated(keep, losses), calibration=facts)

@@ -64,7 +64,7 @@ def test_a_second_method_with_gradients_is_called_in_rounds(monkeypatch: pytest.
 
     own = METHODS["kfac"]._replace(ordered=ordered)
     monkeypatch.setitem(METHODS, "own", own)
-    plan = rankfold.compress(tiny.build("llama"), keep=0.6, method="own", text=windows())
+    plan = rankfold.compress(tiny.build("llama"), keep=0.6, method="own", effort="best", text=windows())
     assert plan.method == "own"
     assert len(calls) == 3 * 14
 
