@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import shutil
 import tempfile
-from collections.abc import Hashable, Iterator, MutableMapping
+from collections.abc import Hashable, Iterator, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +18,40 @@ from torch.utils import _pytree
 
 from rankfold.errors import InputError
 
-SHARE = 8
-"""Without a limit of the user's, this part of the memory that is free when the work begins may be taken."""
+SHARE = 32
+"""Without a limit of the user's, this part of the memory that is free when the work begins may be taken. It is little,
+since what waits is read once, and that takes no time beside the work on it."""
+
+ALIGNMENT = 64
+"""Bytes to which the beginning of a tensor is rounded up."""
 
 
 def usual_limit() -> int:
-    """Bytes of a shelf if nobody says: an eighth of the memory that is free."""
+    """Bytes of a shelf if nobody says: a part of the memory that is free."""
     return int(psutil.virtual_memory().available) // SHARE
 
 
-class _Filed(NamedTuple):
-    """A tensor in a file."""
+class _Place(NamedTuple):
+    """Where a tensor lies among the bytes of an entry, and what it is."""
 
+    start: int
     dtype: torch.dtype
     shape: torch.Size
     device: torch.device
+
+    def of(self, data: Tensor) -> Tensor:
+        """The tensor among the bytes."""
+        size = math.prod(self.shape) * self.dtype.itemsize
+        return data[self.start : self.start + size].view(self.dtype).reshape(self.shape)
+
+
+class _Entry(NamedTuple):
+    """One value: what it is made of, with the place of each tensor in the bytes, which lie in memory or in a file."""
+
+    structure: Any
+    leaves: list[Any]
+    size: int
+    data: Tensor | Path
 
 
 class Shelf(MutableMapping[Hashable, Any]):
@@ -48,15 +68,14 @@ class Shelf(MutableMapping[Hashable, Any]):
     def __init__(self, limit: int | None = None) -> None:
         """An empty shelf, which makes its folder when it needs one."""
         self.limit = limit
-        self._entries: dict[Hashable, tuple[Any, list[Any], Path | None]] = {}
-        self._sizes: dict[Hashable, int] = {}
+        self._entries: dict[Hashable, _Entry] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._number = 0
 
     @property
     def bytes(self) -> int:
         """Bytes that lie in memory."""
-        return sum(self._sizes.values())
+        return sum(entry.size for entry in self._entries.values() if isinstance(entry.data, Tensor))
 
     @property
     def folder(self) -> Path | None:
@@ -71,38 +90,35 @@ class Shelf(MutableMapping[Hashable, Any]):
         """
         self.pop(key, None)
         leaves, structure = _pytree.tree_flatten(value)
-        # One tensor in several places is held, and written, once.
+        # One tensor in several places is held once.
         tensors = {id(leaf): leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        path = None
-        if self.limit is not None and self.bytes + size > self.limit:
-            path = self._new_path()
-            self._write(path, list(tensors.values()), size)
-            places = {name: (index, _filed(tensor)) for index, (name, tensor) in enumerate(tensors.items())}
-            leaves = [places[id(leaf)] if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves]
+        places: dict[int, _Place] = {}
+        size = 0
+        for name, tensor in tensors.items():
+            places[name] = _Place(size, tensor.dtype, tensor.shape, tensor.device)
+            size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        data: Tensor | Path = _memory(size) if self.limit is None or self.bytes + size <= self.limit else self._path()
+        if isinstance(data, Tensor):
+            for name, tensor in tensors.items():
+                places[name].of(data).copy_(tensor)
         else:
-            here = {name: (tensor.cpu(), tensor.device) for name, tensor in tensors.items()}
-            leaves = [here[id(leaf)] if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves]
-            self._sizes[key] = size
-        self._entries[key] = (structure, leaves, path)
+            self._write(data, [(places[name].start, tensor) for name, tensor in tensors.items()], size)
+        leaves = [places[id(leaf)] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._entries[key] = _Entry(structure, leaves, size, data)
 
     def __getitem__(self, key: Hashable) -> Any:
         """A value, read anew each time where it lies on disk."""
-        structure, leaves, path = self._entries[key]
-        if path is None:
-            values = [held if place is None else place.to(held) for place, held in leaves]
-        else:
-            filed = dict(leaf for leaf in leaves if leaf[0] is not None)
-            tensors = _read(path, [filed[index] for index in range(len(filed))])
-            values = [held if place is None else tensors[place] for place, held in leaves]
-        return _pytree.tree_unflatten(values, structure)
+        entry = self._entries[key]
+        data = entry.data if isinstance(entry.data, Tensor) else _read(entry.data, entry.size)
+        tensors = {place: place.of(data).to(place.device) for place in entry.leaves if isinstance(place, _Place)}
+        leaves = [tensors[leaf] if isinstance(leaf, _Place) else leaf for leaf in entry.leaves]
+        return _pytree.tree_unflatten(leaves, entry.structure)
 
     def __delitem__(self, key: Hashable) -> None:
         """Forget a value."""
-        path = self._entries.pop(key)[2]
-        self._sizes.pop(key, None)
-        if path is not None:
-            path.unlink(missing_ok=True)
+        entry = self._entries.pop(key)
+        if isinstance(entry.data, Path):
+            entry.data.unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[Hashable]:
         """The keys."""
@@ -112,16 +128,18 @@ class Shelf(MutableMapping[Hashable, Any]):
         """Number of values."""
         return len(self._entries)
 
-    def _new_path(self) -> Path:
+    def _path(self) -> Path:
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="rankfold-")
         self._number += 1
         return Path(self._folder.name) / f"{self._number}.bin"
 
-    def _write(self, path: Path, tensors: list[Tensor], size: int) -> None:
+    def _write(self, path: Path, tensors: Sequence[tuple[int, Tensor]], size: int) -> None:
         try:
             with path.open("wb") as file:
-                for tensor in tensors:
+                for start, tensor in tensors:
+                    file.write(bytes(start - file.tell()))
                     file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                file.write(bytes(size - file.tell()))
         except OSError as error:
             path.unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
@@ -134,24 +152,21 @@ class Shelf(MutableMapping[Hashable, Any]):
             ) from error
 
 
-def _filed(tensor: Tensor) -> _Filed:
-    return _Filed(tensor.dtype, tensor.shape, tensor.device)
+def _memory(size: int) -> Tensor:
+    """Bytes that go back to the system when they are dropped; between other tensors they would leave holes."""
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)
 
 
-def _read(path: Path, filed: list[_Filed]) -> list[Tensor]:
-    """The tensors of a file, in order."""
-    counts = [math.prod(each.shape) * each.dtype.itemsize for each in filed]
+def _read(path: Path, size: int) -> Tensor:
+    """The bytes of a file."""
     found = path.stat().st_size if path.exists() else None
-    if found != sum(counts):
+    if found != size:
         came = "is gone" if found is None else f"has {found:,}"
         raise InputError(
             f"Intermediate results in {path.parent} must stay as they are until the work is done, but {path.name}, of "
-            f"{sum(counts):,} bytes, {came}. Start again."
+            f"{size:,} bytes, {came}. Start again."
         )
-    tensors = []
+    data = _memory(size)
     with path.open("rb") as file:
-        for each, count in zip(filed, counts, strict=True):
-            buffer = torch.empty(count, dtype=torch.uint8)
-            file.readinto(buffer.numpy().data)
-            tensors.append(buffer.view(each.dtype).reshape(each.shape).to(each.device))
-    return tensors
+        file.readinto(data.numpy().data)
+    return data

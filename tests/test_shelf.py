@@ -55,12 +55,12 @@ def test_beyond_the_limit_values_lie_on_disk_and_the_folder_goes_with_the_shelf(
     shelf = Shelf(100)
     shelf["small"] = torch.ones(10)
     shelf["large"] = torch.ones(1000)
-    assert shelf.bytes == 40
+    assert shelf.bytes == 64
     folder = shelf.folder
     assert folder is not None
-    assert [path.stat().st_size for path in folder.iterdir()] == [4000]
+    assert [path.stat().st_size for path in folder.iterdir()] == [4032]
     shelf["large"] = torch.zeros(500)
-    assert [path.stat().st_size for path in folder.iterdir()] == [2000]
+    assert [path.stat().st_size for path in folder.iterdir()] == [2048]
     assert not shelf.pop("large").any()
     assert list(folder.iterdir()) == []
     assert list(shelf) == ["small"]
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_refused() -> None:
     assert shelf.folder is not None
     (path,) = shelf.folder.iterdir()
     path.write_bytes(b"short")
-    with pytest.raises(InputError, match=r"must stay as they are.*40 bytes, has 5"):
+    with pytest.raises(InputError, match=r"must stay as they are.*64 bytes, has 5"):
         shelf["x"]
     path.unlink()
     with pytest.raises(InputError, match="is gone"):
@@ -96,8 +96,8 @@ def test_a_full_disk_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch,
     shelf = Shelf(0)
     full = tmp_path / "full.bin"
     full.symlink_to("/dev/full")
-    monkeypatch.setattr(shelf, "_new_path", lambda: full)
-    with pytest.raises(InputError, match=r"40 bytes more do not fit.*TMPDIR"):
+    monkeypatch.setattr(shelf, "_path", lambda: full)
+    with pytest.raises(InputError, match=r"64 bytes more do not fit.*TMPDIR"):
         shelf["x"] = torch.ones(10)
     assert not full.is_symlink()
     assert len(shelf) == 0

@@ -148,7 +148,7 @@ def compress(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Keep intermediate results beyond this, such as 8GB, in a temporary folder (default: an eighth of the "
+            help="Keep intermediate results beyond this, such as 8GB, in a temporary folder (default: 3 % of the "
             "free memory).",
             rich_help_panel="Calibration",
         ),

@@ -111,7 +111,7 @@ def compress(  # noqa: PLR0913
         nested: Write one larger model that `rankfold.compression.shrink` cuts to any budget; the budget is ignored.
         statistics: What `calibrate` measured of the dense model, for several budgets over bits one after another.
         memory: Intermediate results beyond this, in bytes or as `"8GB"`, wait in a temporary folder (`TMPDIR`) instead
-            of memory; by default an eighth of what is free.
+            of memory; by default 3 % of what is free.
         seed: Random seed.
         stage: Opens a stage of work, for progress bars.
         work: Folder in which refined blocks are kept, so that an interrupted run resumes; the caller removes it.

@@ -67,7 +67,7 @@ class Settings:
     effort: str = "default"
     """A key of `EFFORTS`."""
     memory: int | None = None
-    """Bytes of intermediate results that wait in memory, not on disk; without it an eighth of what is free."""
+    """Bytes of intermediate results that wait in memory, not on disk; without it 3 % of what is free."""
     refine: int = 0
     """Gradient steps on each block after its factorization."""
     refine_toward: str = "predictions"
