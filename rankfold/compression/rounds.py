@@ -91,7 +91,9 @@ def compress_in_rounds(  # noqa: PLR0913
                     found = _decompose(name, dense[name], moments, decompose)
                     ordered[name], losses[name] = found, found.losses.tolist()
         plan = allocate(losses)
-        plan = _carry_out(model, plan, dense, ordered)
+        # Factors that nothing asks for again need not wait longer.
+        used_up = known is None and not drift and number == rounds
+        plan = _carry_out(model, plan, dense, ordered, ordered.pop if used_up else ordered.__getitem__)
     assert plan is not None, "there is at least one round"
     if drift:
         correct_drift(model, sites, plan, batches, dense, ordered, share=drift, on_step=on_step)
@@ -144,7 +146,13 @@ def _decompose(name: str, linear: nn.Module, moments: SiteMoments, decompose: Ca
 
 
 @torch.no_grad()
-def _carry_out(model: Any, plan: Plan, dense: Mapping[str, nn.Module], ordered: Mapping[Any, Ordered]) -> Plan:
+def _carry_out(
+    model: Any,
+    plan: Plan,
+    dense: Mapping[str, nn.Module],
+    ordered: Mapping[Any, Ordered],
+    take: Callable[[str], Ordered],
+) -> Plan:
     """Put the modules of a plan in place; sites without statistics stay dense."""
     options: list[Option] = []
     for option in plan.options:
@@ -155,7 +163,7 @@ def _carry_out(model: Any, plan: Plan, dense: Mapping[str, nn.Module], ordered: 
             if option.form == DENSE or name in unreached:
                 model.set_submodule(name, linear)
                 continue
-            found = ordered[name]
+            found = take(name)
             shrinkages.append(found.shrinkage)
             factors = found.truncate(*matrix_of(linear), option.ranks[0])
             module = factorized_module(factors, option.form, linear.weight.dtype)

@@ -205,7 +205,8 @@ class _Compression:
             )
         self.shelf = Shelf(usual_limit() if settings.memory is None else settings.memory)
         # Predicted losses of the dense model, while the factors behind them lie on the shelf.
-        self.known: dict[str, list[float]] | None = {} if settings.rounds_for(budget) == 0 else None
+        searched = budget.max_loss_increase is not None and settings.rounds_for(budget) == 0
+        self.known: dict[str, list[float]] | None = {} if searched else None
         self.blocks = len({site.block for site in sites if site.block})
         self.dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
         use_eager_experts(model)
