@@ -21,7 +21,7 @@ from rankfold.pipeline.budget import Budget, parse_bytes
 from rankfold.pipeline.reading import Reading, read_text
 from rankfold.pipeline.settings import EFFORTS, UNTOUCHED, Settings
 from rankfold.plan import DENSE, Option, Plan
-from rankfold.progress import Stage, Step, no_stage
+from rankfold.progress import Stage, no_stage
 from rankfold.quality import next_token_quality
 from rankfold.quantization import Width, compress_in_bits, embedding_widths, find_embeddings, put_in_bits
 from rankfold.recovery import predicts, refine_blocks, refine_predictions
@@ -232,7 +232,9 @@ class _Compression:
         blocks = self.blocks
         facts = {} if self.reading is None else dict(self.reading.facts)
         # Forward and back; what is known of the dense model is not measured again.
-        passes = 2 * (rounds + (0 if self.statistics or self.known else 1))
+        visits = 2 * blocks * (rounds + (0 if self.statistics or self.known else 1))
+        # Two walks and, in each block, once for each of the usual four inputs.
+        visits += 6 * blocks + 2 if drift else 0
         gradients = settings.needs_gradients(self.budget)
         if gradients:
             facts |= {"labels": self.labels, "effort": settings.effort}
@@ -241,11 +243,8 @@ class _Compression:
             return replace(self._allocated(keep, losses), calibration=facts)
 
         if "bits" in settings.ways(self.budget):
-            visits = (passes + (6 if drift else 0)) * blocks
-            advance = self.stage(f"{title}measuring inputs and gradients", visits * len(batches))
-            return self._shared(keep, facts, advance)
+            return self._shared(keep, facts, f"{title}measuring inputs and gradients", visits * len(batches))
         if gradients and settings.entry.ordered is not None:
-            visits = (passes + (6 if drift else 0)) * blocks
             return compress_in_rounds(
                 model, self.sites, batches, loss=summed_loss(model, self.labels, settings.seed), allocate=allocated,
                 method=settings.method, rounds=rounds, drift=drift, shelf=self.shelf, known=self.known,
@@ -262,13 +261,14 @@ class _Compression:
             return factorize_blocks(model, allocated(None), self.sites, batches, advance)
         return factorize(model, allocated(None), on_step=self.stage(f"{title}sites", len(self.sites)))
 
-    def _shared(self, keep: float | None, facts: Mapping[str, Any], on_step: Step) -> Plan:
+    def _shared(self, keep: float | None, facts: Mapping[str, Any], title: str, steps: int) -> Plan:
         """Compress once, the budget shared out over bits and ranks."""
         settings = self.settings
         rounds = settings.rounds_for(self.budget)
         ways = settings.ways(self.budget)
         widths = settings.embedding_bits(self.model, self.budget)
         embeddings = _Embeddings(self.model, self.batches, widths, self.stage) if widths else None
+        advance = self.stage(title, steps)
 
         def within(keep: float | None, losses: Mapping[str, WidthLosses]) -> Plan:
             return allocate(
@@ -288,7 +288,7 @@ class _Compression:
         loss = summed_loss(self.model, self.labels, settings.seed)
         return compress_in_bits(
             self.model, self.sites, self.batches, loss=loss, allocate=allocated, rounds=rounds,
-            drift=settings.drift_for(self.budget), statistics=self.statistics, shelf=self.shelf, on_step=on_step,
+            drift=settings.drift_for(self.budget), statistics=self.statistics, shelf=self.shelf, on_step=advance,
         )  # fmt: skip
 
     def _allocated(self, keep: float | None, losses: Mapping[str, Sequence[float]] | None) -> Plan:
@@ -416,8 +416,8 @@ def _nest(model: Any, sites: Sequence[Site], settings: Settings, reading: Readin
             f"A nested model needs the factors of every rank at once, which {settings.method} does not "
             "provide. Use kfac."
         )
-    passes = len({site.block for site in sites}) + 1
-    advance = stage("measuring inputs and gradients", 2 * passes * len(reading.batches))
+    blocks = len({site.block for site in sites if site.block})
+    advance = stage("measuring inputs and gradients", 2 * blocks * len(reading.batches))
     labels = settings.labels or usual_labels(model, reading.batches)
     loss = summed_loss(model, labels, settings.seed)
     statistics = calibrate(model, sites, reading.batches, method=settings.method, loss=loss, on_step=advance)

@@ -92,6 +92,41 @@ def test_a_limit_on_the_loss_is_kept_on_held_out_text() -> None:
     assert few.bytes < loose.bytes
 
 
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"keep": 0.6},
+        {"keep": 0.6, "effort": "best"},
+        {"keep": 0.6, "method": "whitened"},
+        {"keep": 0.6, "refine": 2},
+        {"bits": 4.0},
+        {"bytes": 120_000, "allow": "bits"},
+        {"max_loss_increase": 0.5, "allow": "rank"},
+        {"max_loss_increase": 0.5},
+        {"nested": True},
+    ],
+    ids=str,
+)
+def test_stages_follow_one_another_and_end(budget: dict[str, Any]) -> None:
+    stages: list[list[Any]] = []
+
+    def stage(title: str, steps: int) -> Any:
+        number = len(stages)
+        stages.append([title, steps, 0])
+
+        def advance() -> None:
+            assert number == len(stages) - 1, f"{title} goes on after {stages[-1][0]} began"
+            stages[number][2] += 1
+
+        return advance
+
+    compressed("llama", **{"text": windows(40)} | budget, stage=stage)
+    assert stages
+    for title, steps, done in stages:
+        # A try whose budget cannot be met ends before it begins.
+        assert done == steps or (not done and title.startswith("try")), title
+
+
 @pytest.mark.parametrize("allow", ["rank", "rank,bits"])
 def test_a_search_measures_the_dense_model_once(allow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
