@@ -119,11 +119,19 @@ def whole_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial)
-        partial.chmod(0o777 & ~_umask())
+        _open_to_the_umask(partial)
         _take_the_name(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _open_to_the_umask(folder: Path) -> None:
+    """Temporary folders and safetensors' files are readable to their owner only; a server runs as someone else."""
+    umask = _umask()
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    folder.chmod(0o777 & ~umask)
 
 
 def check_target(target: Path, overwrite: bool) -> None:

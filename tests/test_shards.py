@@ -65,6 +65,18 @@ def test_the_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert (target / "file").read_text() == "x"
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with whole_folder(tmp_path / "model") as partial:
+            save_file({"a": torch.ones(1)}, partial / SINGLE)
+            (partial / "more").mkdir()
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "model", *sorted((tmp_path / "model").iterdir()))]
+    assert modes == [0o755, 0o644, 0o755]
+
+
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), whole_folder(tmp_path / "out") as partial:
         (partial / "file").write_text("x")
