@@ -6,7 +6,7 @@ import rankfold
 from rankfold.cli.demo import bundled_model
 
 
-def main(output: Path = Path("best-quality"), sequences: int = 32, steps: int = 20) -> None:
+def main(output: Path = Path("best-quality"), sequences: int = 16, steps: int = 5) -> None:
     """Keep 80 % of the bundled model's linear layers."""
     model, tokenizer = rankfold.load(bundled_model())
     plan = rankfold.compress(model, tokenizer, keep=0.8, sequences=sequences, length=128, refine=steps)

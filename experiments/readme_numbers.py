@@ -185,12 +185,12 @@ def real_model() -> str:
 def budget_table(base: str) -> list[str]:
     """Rows down, bits a weight across: the rise of the loss over the dense model's, on the same windows."""
     records = [record for record in read("one_budget") if record.context.get("base") == base]
-    averages = sorted({record.context["average"] for record in records if "row" in record.context})
+    averages = sorted({record.context["average"] for record in records if "average" in record.context})
     dense = next(float(r.value or 0) for r in records if r.subject == "dense" and r.name == "loss")
     rises: dict[str, dict[float, str]] = {}
     values: dict[float, dict[str, float]] = {}
     for record in records:
-        if record.name != "loss" or record.subject == "dense":
+        if record.name != "loss" or "row" not in record.context or "average" not in record.context:
             continue
         average, row = record.context["average"], record.context["row"]
         rise = float(record.value or 0) - dense
@@ -208,7 +208,24 @@ def budget_table(base: str) -> list[str]:
         lines.append(
             f"| {row} | " + " | ".join(f"**{c}**" if b and c else c for c, b in zip(shown, best, strict=True)) + " |"
         )
-    return [*lines, ""]
+    return [*lines, *peer_table(records, base, dense)]
+
+
+def peer_table(records: Sequence[Record], base: str, dense: float) -> list[str]:
+    """Quantizers at bytes of their own, and one budget at theirs."""
+    found = {(record.context["row"], record.name): record for record in records if "peer" in record.context}
+    names = [row for row, name in found if name == "loss" and not row.startswith("rankfold")]
+    lines = [f"| {base}, at the bytes of | bits | its rise | rankfold's | rankfold's over its |", "|---" * 5 + "|"]
+    for name in names:
+        ours = f"rankfold, bits and ranks, at the bytes of {name}"
+        rises = [float(found[row, "loss"].value or 0) - dense for row in (name, ours)]
+        cells = [
+            f"{rise:.4f} ({found[row, 'kl_to_dense'].value:.4f} ± {found[row, 'kl_to_dense'].error or 0:.4f})"
+            for row, rise in zip((name, ours), rises, strict=True)
+        ]
+        bits = found[name, "loss"].context["bits"]
+        lines.append(f"| {name} | {bits:.2f} | {cells[0]} | {cells[1]} | {rises[1] / rises[0]:.2f} |")
+    return ["", *lines, ""] if names else [""]
 
 
 def one_budget() -> list[str]:
@@ -237,12 +254,12 @@ def readme_budgets() -> str:
     """The README's other table: a real model at equal bytes, in few bits everywhere and with one budget."""
     records = [record for record in read("one_budget") if record.name == "loss"]
     dense = {record.context["base"]: float(record.value or 0) for record in records if record.subject == "dense"}
-    averages = sorted({record.context["average"] for record in records if "row" in record.context})
+    averages = sorted({record.context["average"] for record in records if "average" in record.context})
     rises = {
         (record.context["base"], record.context["row"], record.context["average"]): float(record.value or 0)
         - dense[record.context["base"]]
         for record in records
-        if "row" in record.context
+        if "average" in record.context and "row" in record.context
     }
     base = next(iter(dense))
     lines = [

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import mmap
+import os
 import shutil
 import tempfile
-from collections.abc import Hashable, Iterator, MutableMapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 from rankfold.errors import InputError
@@ -27,8 +30,33 @@ ALIGNMENT = 64
 
 
 def usual_limit() -> int:
-    """Bytes of a shelf if nobody says: a part of the memory that is free."""
-    return int(psutil.virtual_memory().available) // SHARE
+    """Bytes of a shelf if nobody says: a part of the memory that is free, or that a container may have."""
+    return min([int(psutil.virtual_memory().available), *_limits_of_groups()]) // SHARE
+
+
+def give_back() -> None:
+    """Give freed memory back to the system, where the C library can; between what is in use it would be kept."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def _limits_of_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Limits that the control groups of this process set on its memory (Linux), in either version of them."""
+    limits = []
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        # Inside of a container its own group is the root.
+        for group in (place / path.strip("/"), place):
+            text = (group / name).read_text().strip() if (group / name).exists() else ""
+            limits += [int(text)] if text.isdigit() else []
+    return limits
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class _Place(NamedTuple):
@@ -69,13 +97,15 @@ class Shelf(MutableMapping[Hashable, Any]):
         """An empty shelf, which makes its folder when it needs one."""
         self.limit = limit
         self._entries: dict[Hashable, _Entry] = {}
+        self._held: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._number = 0
 
     @property
     def bytes(self) -> int:
         """Bytes that lie in memory."""
-        return sum(entry.size for entry in self._entries.values() if isinstance(entry.data, Tensor))
+        waiting = sum(entry.size for entry in self._entries.values() if isinstance(entry.data, Tensor))
+        return waiting + sum(self._held.values())
 
     @property
     def folder(self) -> Path | None:
@@ -92,12 +122,8 @@ class Shelf(MutableMapping[Hashable, Any]):
         leaves, structure = _pytree.tree_flatten(value)
         # One tensor in several places is held once.
         tensors = {id(leaf): leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)}
-        places: dict[int, _Place] = {}
-        size = 0
-        for name, tensor in tensors.items():
-            places[name] = _Place(size, tensor.dtype, tensor.shape, tensor.device)
-            size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-        data: Tensor | Path = _memory(size) if self.limit is None or self.bytes + size <= self.limit else self._path()
+        places, size = _places(tensors)
+        data: Tensor | Path = _memory(size) if self._fits(size) else self._path()
         if isinstance(data, Tensor):
             for name, tensor in tensors.items():
                 places[name].of(data).copy_(tensor)
@@ -105,6 +131,31 @@ class Shelf(MutableMapping[Hashable, Any]):
             self._write(data, [(places[name].start, tensor) for name, tensor in tensors.items()], size)
         leaves = [places[id(leaf)] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._entries[key] = _Entry(structure, leaves, size, data)
+
+    def hold(self, module: M) -> M:
+        """A module that is done, whose numbers lie beyond the limit in a file that is mapped into memory.
+
+        The system reads them when they are asked for and drops them when memory is short, as it does with the weights
+        of a checkpoint. What is changed in place later stays in memory. Modules on other devices are left alone.
+
+        Raises:
+            ValueError: If the disk is full.
+        """
+        numbers = {id(part): part for part in (*module.parameters(), *module.buffers()) if part.device.type == "cpu"}
+        places, size = _places(numbers)
+        if not size or self._fits(size):
+            self._held[module] = size
+            return module
+        path = self._path()
+        self._write(path, [(places[name].start, part.detach()) for name, part in numbers.items()], size)
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        path.unlink()
+        for name, part in numbers.items():
+            part.data = places[name].of(data)
+        return module
+
+    def _fits(self, size: int) -> bool:
+        return self.limit is None or self.bytes + size <= self.limit
 
     def __getitem__(self, key: Hashable) -> Any:
         """A value, read anew each time where it lies on disk."""
@@ -152,9 +203,20 @@ class Shelf(MutableMapping[Hashable, Any]):
             ) from error
 
 
+def _places(tensors: Mapping[int, Tensor]) -> tuple[dict[int, _Place], int]:
+    """Where tensors lie one after the other, and the bytes of all."""
+    places: dict[int, _Place] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        places[name] = _Place(size, tensor.dtype, tensor.shape, tensor.device)
+        size += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+    return places, size
+
+
 def _memory(size: int) -> Tensor:
     """Bytes that go back to the system when they are dropped; between other tensors they would leave holes."""
-    return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    return torch.frombuffer(mmap.mmap(-1, max(size, 1), **private), dtype=torch.uint8)
 
 
 def _read(path: Path, size: int) -> Tensor:

@@ -15,7 +15,7 @@ import rankfold
 from rankfold.calibration import make_batches, summed_loss
 from rankfold.calibration.moments import calibrate_blocks
 from rankfold.errors import InputError
-from rankfold.shelf import Shelf
+from rankfold.shelf import Shelf, _limits_of_groups
 from rankfold.sites import find_sites
 
 
@@ -101,6 +101,57 @@ def test_a_full_disk_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch,
         shelf["x"] = torch.ones(10)
     assert not full.is_symlink()
     assert len(shelf) == 0
+
+
+@pytest.mark.parametrize("limit", [None, 10**6, 0])
+def test_a_module_that_is_held_is_the_same_and_can_be_trained(limit: int | None) -> None:
+    shelf, layer = Shelf(limit), torch.nn.Linear(5, 3).to(torch.bfloat16)
+    layer.register_buffer("codes", torch.arange(7, dtype=torch.uint8))
+    tied = torch.nn.ModuleList([layer, torch.nn.Linear(5, 3)])
+    tied[1].weight = layer.weight
+    before = {name: part.clone() for name, part in tied.state_dict().items()}
+    assert shelf.hold(tied) is tied
+    assert all(torch.equal(part, before[name]) for name, part in tied.state_dict().items())
+    assert tied[1].weight is layer.weight
+    # 15 + 3 + 3 numbers and 7 codes, each tensor from a multiple of 64 bytes on.
+    assert shelf.bytes == (0 if limit == 0 else 256)
+    assert shelf.folder is None or list(shelf.folder.iterdir()) == []
+    folder = shelf.folder
+    del shelf
+    assert folder is None or not folder.exists()
+    torch.optim.SGD(tied.parameters(), lr=1.0).step(lambda: layer(torch.ones(1, 5).to(torch.bfloat16)).sum().backward())
+    assert torch.equal(layer.weight, before["0.weight"] - 1)
+
+
+def test_a_module_that_is_dropped_leaves_room() -> None:
+    shelf = Shelf(1000)
+    shelf.hold(torch.nn.Linear(10, 10))
+    assert shelf.bytes == 0
+    kept = shelf.hold(torch.nn.Linear(10, 10))
+    assert shelf.bytes == 512
+    del kept
+    assert shelf.bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "expected"),
+    [
+        ("0::/a", {"a/memory.max": "500\n"}, [500]),
+        ("0::/a", {"memory.max": "700"}, [700]),
+        ("0::/a", {"a/memory.max": "max\n"}, []),
+        ("4:cpu,cpuacct:/a\n3:memory:/b", {"memory/b/memory.limit_in_bytes": "900\n", "memory/a/x": "1"}, [900]),
+        ("", {}, []),
+    ],
+)
+def test_limits_of_control_groups_are_found(
+    tmp_path: Path, line: str, files: dict[str, str], expected: list[int]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text)
+    (tmp_path / "own").write_text(line)
+    assert _limits_of_groups(tmp_path / "root", tmp_path / "own") == expected
+    assert _limits_of_groups(tmp_path / "root", tmp_path / "none") == []
 
 
 def test_moments_are_the_same_whatever_the_memory() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ LABELS = ("text", "sampled")
 
 Loss = Callable[[Any, Mapping[str, Tensor]], Tensor]
 """A scalar from a model's output and the batch that it read."""
+
+PART = 2**22
+"""Logits that become float32 at once."""
 
 IGNORED = -100
 """The label of positions that are not scored, as everywhere in transformers."""
@@ -55,16 +58,16 @@ def summed_loss(model: Any, labels: str = "text", seed: int = 0) -> Loss:
         targets = batch.get("labels")
         if shifted and (targets is None or not encoder_decoder):
             ids = batch["decoder_input_ids" if encoder_decoder else "input_ids"]
-            logits, targets = logits[:, :-1], (ids if targets is None else targets)[:, 1:]
-        scores = logits.float().flatten(0, -2)
+            # Nothing is cut off the logits, which would be copied; the last one predicts nothing.
+            targets = F.pad((ids if targets is None else targets)[:, 1:], (0, 1), value=IGNORED)
         if labels == "sampled":
-            return _cross_entropy(scores, _drawn(scores, None if targets is None else targets.flatten(), generator))
+            targets = _drawn(logits, targets, generator)
         if targets is None:
             raise InputError(
                 f"The loss of a {type(model).__name__} needs labels in its batches, but they hold {sorted(batch)}. "
                 "Add them, or draw them from the model: labels='sampled'."
             )
-        return _cross_entropy(scores, targets.flatten())
+        return _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-any-return,no-untyped-call]
 
     return loss
 
@@ -79,16 +82,60 @@ def usual_loss(model: Any, batches: Sequence[Mapping[str, Tensor]], seed: int = 
     return summed_loss(model, usual_labels(model, batches), seed)
 
 
-def _cross_entropy(scores: Float[Tensor, "rows classes"], targets: Int[Tensor, " rows"]) -> Tensor:
-    return F.cross_entropy(scores, targets, ignore_index=IGNORED, reduction="sum")
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Cross entropy in float32, summed, of logits that lie in memory once.
+
+    Logits are the largest tensors of small models; those of few positions at a time become float32, in both directions.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Float[Tensor, "*rows classes"], targets: Int[Tensor, "*rows"]) -> Tensor:
+        """The sum over all positions that have a label."""
+        norms: list[Tensor] = []
+        total = torch.zeros((), device=logits.device)
+        for scores, target in _parts(logits, targets):
+            norm = scores.logsumexp(-1)
+            of_target = scores.gather(-1, target.clamp(min=0)[:, None]).squeeze(-1)
+            total += torch.where(target == IGNORED, 0.0, norm - of_target).sum()
+            norms.append(norm)
+        ctx.save_for_backward(logits, targets, torch.cat(norms))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Probabilities less the labels."""
+        logits, targets, norms = ctx.saved_tensors
+        found = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        rows = found.view(-1, found.shape[-1])
+        done = 0
+        for scores, target in _parts(logits, targets):
+            reach = slice(done, done + len(scores))
+            part = scores.sub_(norms[reach, None]).exp_()
+            part.scatter_add_(-1, target.clamp(min=0)[:, None], part.new_full((len(part), 1), -1.0))
+            rows[reach] = part.mul_(torch.where(target == IGNORED, 0.0, gradient)[:, None]).to(rows.dtype)
+            done = reach.stop
+        return found, None
+
+
+def _parts(
+    logits: Float[Tensor, "*rows classes"], targets: Int[Tensor, "*rows"] | None
+) -> Iterator[tuple[Float[Tensor, "some classes"], Any]]:
+    """Few rows of logits at a time, copied into float32, with their labels."""
+    rows = logits.detach().reshape(-1, logits.shape[-1])
+    some = max(1, PART // rows.shape[-1])
+    labels = [None] * len(rows) if targets is None else targets.reshape(-1)
+    for start in range(0, len(rows), some):
+        yield rows[start : start + some].to(torch.float32, copy=True), labels[start : start + some]
 
 
 def _drawn(
-    scores: Float[Tensor, "rows classes"], targets: Int[Tensor, " rows"] | None, generator: torch.Generator
-) -> Int[Tensor, " rows"]:
+    logits: Float[Tensor, "*rows classes"], targets: Int[Tensor, "*rows"] | None, generator: torch.Generator
+) -> Int[Tensor, "*rows"]:
     """Labels from the model's own distribution, at the positions that are scored."""
-    probabilities = scores.detach().softmax(-1).cpu()
-    drawn = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(scores.device)
+    parts = [
+        torch.multinomial(scores.softmax(-1).cpu(), 1, generator=generator) for scores, _ in _parts(logits, targets)
+    ]
+    drawn = torch.cat(parts).reshape(logits.shape[:-1]).to(logits.device)
     return drawn if targets is None else torch.where(targets == IGNORED, targets, drawn)
 
 

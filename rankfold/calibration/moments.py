@@ -27,7 +27,7 @@ from rankfold.errors import InputError
 from rankfold.factorization import METHODS, Moments, SiteMoments
 from rankfold.modules import linear_at, restack, use_eager_experts
 from rankfold.progress import Step, no_step
-from rankfold.shelf import Shelf
+from rankfold.shelf import Shelf, give_back
 from rankfold.sites import Site
 
 _CHUNK = 1024
@@ -54,20 +54,22 @@ class MomentAccumulator:
         for sequence in x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else [x.reshape(-1, x.shape[-1])]:
             product = self._product(sequence)
             self._second += product
-            self._squares += product.square().sum() - product.diagonal().square().sum()
+            self._squares += _squared(product) - _squared(product.diagonal())
             self._sequences += 1
 
     def _product(self, rows: Float[Tensor, "rows size"]) -> Float[Tensor, "size size"]:
-        """The sum of the products of some vectors, which are counted."""
+        """The sum of the products of some vectors, which are counted; of one chunk as it comes, which saves work."""
         self.count += len(rows)
-        product = torch.zeros_like(self._second)
+        product = None
         for chunk in torch.split(rows, _CHUNK):
             exact = chunk if chunk.dtype == torch.float64 else chunk.float()
-            product += exact.T @ exact
+            found = exact.T @ exact
+            product = found if product is None else product.double() + found
             self._sum += exact.sum(0, dtype=torch.float64)
             squares = exact.square().sum(1, dtype=torch.float64)
             self._third += squares.to(exact.dtype) @ exact
             self._fourth += squares.square().sum()
+        assert product is not None, "a split gives at least one part"
         return product
 
     def moments(self) -> Moments:
@@ -141,6 +143,7 @@ def calibrate(
     moments: Any = {} if shelf is None else shelf
     for block in calibrate_blocks(model, sites, batches, on_step, loss, shelf):
         moments.update(block.moments)
+        block.moments.clear()
     restack(model)
     if implementation:
         model.config._experts_implementation = implementation
@@ -202,6 +205,7 @@ def calibrate_blocks(
             visits[block] -= 1
             if visits[block] == 0:
                 yield BlockMoments(step, observers.pop(block).moments())
+                give_back()
         for observer in [*observers.values(), outer]:
             yield BlockMoments(None, observer.moments())
 
@@ -242,6 +246,12 @@ def _steps(
         walk = walk_blocks(model, without_labels(batches), on_step)
     for step in walk:
         yield step.path, step
+
+
+def _squared(values: Tensor) -> Tensor:
+    """The sum of squares, in float64 whatever the values are."""
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from rankfold.factorization import Moments, Ordered
 from rankfold.modules import factorized_module, linear_at, matrix_of, put, set_matrix
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Step, no_step
+from rankfold.shelf import Shelf
 from rankfold.sites import Site
 
 DAMPING = 1e-3
@@ -28,7 +29,7 @@ def correct_drift(  # noqa: PLR0913
     plan: Plan,
     batches: Sequence[Mapping[str, Tensor]],
     dense: Mapping[str, nn.Module],
-    ordered: Mapping[Any, Ordered],
+    ordered: Shelf,
     *,
     share: float = 0.5,
     on_step: Step = no_step,
@@ -48,7 +49,7 @@ def correct_drift(  # noqa: PLR0913
         plan: What was carried out.
         batches: Calibration batches.
         dense: The dense layer of every site.
-        ordered: The factorization of every site.
+        ordered: A shelf with the factorization of every site; finished layers are held there too.
         share: How much of the correction is applied, 0 to 1.
         on_step: Called after each batch has passed a block.
     """
@@ -59,7 +60,8 @@ def correct_drift(  # noqa: PLR0913
             return None
         W, bias = matrix_of(dense[site.name])
         correction = share * streams.correction(W, centred=bias is not None)
-        return _corrected(dense[site.name], option_of[site.name], ordered.get(site.name), correction, streams, share)
+        factors = ordered.get(site.name)
+        return ordered.hold(_corrected(dense[site.name], option_of[site.name], factors, correction, streams, share))
 
     fit_along(model, sites, batches, dense, fitted, on_step=on_step)
 

@@ -27,6 +27,7 @@ from rankfold.modules import (
 )
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Step, no_step
+from rankfold.shelf import Shelf
 from rankfold.sites import Site
 
 
@@ -35,6 +36,7 @@ def factorize(
     plan: Plan,
     statistics: Mapping[str, SiteMoments] | None = None,
     on_step: Step = no_step,
+    shelf: Shelf | None = None,
 ) -> Plan:
     """Replace the planned sites of a model, in place.
 
@@ -43,6 +45,7 @@ def factorize(
         plan: What to do.
         statistics: Moments by site, from `calibrate`, where the plan's method needs data.
         on_step: Called after each site, for a progress bar.
+        shelf: What holds finished layers; without it they lie in memory.
 
     Returns:
         The plan as it was carried out: sites that no calibration token reached stay dense, with a note.
@@ -50,7 +53,7 @@ def factorize(
     Raises:
         ValueError: If the method needs statistics that are missing, or a weight is not finite.
     """
-    options = _replace(model, plan, plan.options, statistics or {}, on_step)
+    options = _replace(model, plan, plan.options, statistics or {}, on_step, shelf)
     return finish(model, replace(plan, options=options))
 
 
@@ -60,6 +63,7 @@ def factorize_blocks(
     sites: Sequence[Site],
     batches: Iterable[Mapping[str, Tensor]],
     on_step: Step = no_step,
+    shelf: Shelf | None = None,
 ) -> Plan:
     """Measure and replace block after block, in place, so that only one block's moments are alive at a time.
 
@@ -71,6 +75,7 @@ def factorize_blocks(
         sites: The sites of the plan.
         batches: Calibration batches on the model's device.
         on_step: Called after each batch has passed a block.
+        shelf: What holds finished layers; without it they lie in memory.
 
     Returns:
         The plan as it was carried out.
@@ -86,7 +91,7 @@ def factorize_blocks(
     for block in calibrate_blocks(model, planned, batches, on_step):
         options = tuple(dict.fromkeys(option_of[name] for name in block.moments))
         for option in options:
-            done[option.sites] = _replace(model, plan, (option,), block.moments)
+            done[option.sites] = _replace(model, plan, (option,), block.moments, shelf=shelf)
     for name, flag in wanted.items():
         linear_at(model, name).requires_grad_(flag)
     options = tuple(result for option in plan.options for result in done.get(option.sites, (option,)))
@@ -99,6 +104,7 @@ def _replace(
     options: Iterable[Option],
     statistics: Mapping[str, SiteMoments],
     on_step: Step = no_step,
+    shelf: Shelf | None = None,
 ) -> tuple[Option, ...]:
     """Carry out some options of a plan."""
     results: list[Option] = []
@@ -116,7 +122,7 @@ def _replace(
             if module is None:
                 unreached.append(name)
             else:
-                model.set_submodule(name, module)
+                model.set_submodule(name, module if shelf is None else shelf.hold(module))
             on_step()
         results.extend(split_off(model, option, unreached))
     return tuple(results)

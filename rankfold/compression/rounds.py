@@ -55,7 +55,7 @@ def compress_in_rounds(  # noqa: PLR0913
         method: A method that gives the factors of every rank at once (`Method.ordered`).
         rounds: Rounds after the first.
         drift: Share of the drift that is corrected, 0 to 1.
-        shelf: Where hidden states and the factors of every site wait; without it in memory.
+        shelf: Where hidden states, the factors of every site and finished layers lie; without it in memory.
         known: Predicted losses of the dense model's sites. Empty ones are filled; those of an earlier call without
             rounds on the same shelf, where their factors are, save measuring them again.
         on_step: Called after each batch has passed a block.
@@ -85,7 +85,9 @@ def compress_in_rounds(  # noqa: PLR0913
     for number in range(rounds + 1):
         measured = () if losses and not number else calibrate_blocks(model, sites, batches, on_step, loss, ordered)
         for block in measured:
-            for name, moments in block.moments.items():
+            for name in list(block.moments):
+                # Not to be alive while the next block is measured.
+                moments = block.moments.pop(name)
                 dense.setdefault(name, linear_at(model, name))
                 if is_reached(moments, gradients=True):
                     found = _decompose(name, dense[name], moments, decompose)
@@ -93,7 +95,7 @@ def compress_in_rounds(  # noqa: PLR0913
         plan = allocate(losses)
         # Factors that nothing asks for again need not wait longer.
         used_up = known is None and not drift and number == rounds
-        plan = _carry_out(model, plan, dense, ordered, ordered.pop if used_up else ordered.__getitem__)
+        plan = _carry_out(model, plan, dense, ordered, used_up)
     assert plan is not None, "there is at least one round"
     if drift:
         correct_drift(model, sites, plan, batches, dense, ordered, share=drift, on_step=on_step)
@@ -150,10 +152,11 @@ def _carry_out(
     model: Any,
     plan: Plan,
     dense: Mapping[str, nn.Module],
-    ordered: Mapping[Any, Ordered],
-    take: Callable[[str], Ordered],
+    ordered: Shelf,
+    used_up: bool,
 ) -> Plan:
     """Put the modules of a plan in place; sites without statistics stay dense."""
+    take = ordered.pop if used_up else ordered.__getitem__
     options: list[Option] = []
     for option in plan.options:
         unreached = [name for name in option.sites if name not in ordered and option.form != DENSE]
@@ -167,7 +170,7 @@ def _carry_out(
             shrinkages.append(found.shrinkage)
             factors = found.truncate(*matrix_of(linear), option.ranks[0])
             module = factorized_module(factors, option.form, linear.weight.dtype)
-            model.set_submodule(name, module.requires_grad_(linear.weight.requires_grad))
+            model.set_submodule(name, ordered.hold(module.requires_grad_(linear.weight.requires_grad)))
         noted = replace(option, shrinkage=max(shrinkages)) if shrinkages else option
         options.extend(split_off(model, noted, unreached))
     return replace(plan, options=tuple(options))

@@ -110,8 +110,8 @@ def compress(  # noqa: PLR0913
         labels: `text` or `sampled`; by default those of the text, if it has any.
         nested: Write one larger model that `rankfold.compression.shrink` cuts to any budget; the budget is ignored.
         statistics: What `calibrate` measured of the dense model, for several budgets over bits one after another.
-        memory: Intermediate results beyond this, in bytes or as `"8GB"`, wait in a temporary folder (`TMPDIR`) instead
-            of memory; by default 3 % of what is free.
+        memory: Intermediate results and finished layers beyond this, in bytes or as `"8GB"`, lie in a temporary folder
+            (`TMPDIR`) instead of memory; by default 3 % of what is free.
         seed: Random seed.
         stage: Opens a stage of work, for progress bars.
         work: Folder in which refined blocks are kept, so that an interrupted run resumes; the caller removes it.
@@ -255,11 +255,11 @@ class _Compression:
             loss = summed_loss(model, self.labels, settings.seed)
             statistics = calibrate(model, self.sites, batches, method=settings.method, loss=loss, on_step=advance)
             plan = allocated(statistics.losses(settings.method))
-            return factorize(model, plan, statistics, self.stage(f"{title}sites", len(self.sites)))
+            return factorize(model, plan, statistics, self.stage(f"{title}sites", len(self.sites)), self.shelf)
         if settings.entry.needs_data:
             advance = self.stage(f"{title}blocks x batches", (blocks + 1) * len(batches))
-            return factorize_blocks(model, allocated(None), self.sites, batches, advance)
-        return factorize(model, allocated(None), on_step=self.stage(f"{title}sites", len(self.sites)))
+            return factorize_blocks(model, allocated(None), self.sites, batches, advance, self.shelf)
+        return factorize(model, allocated(None), None, self.stage(f"{title}sites", len(self.sites)), self.shelf)
 
     def _shared(self, keep: float | None, facts: Mapping[str, Any], title: str, steps: int) -> Plan:
         """Compress once, the budget shared out over bits and ranks."""

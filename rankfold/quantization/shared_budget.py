@@ -229,7 +229,7 @@ def compress_in_bits(  # noqa: PLR0913
         drift: Share of the drift that is corrected, 0 to 1.
         statistics: What `calibrate` measured of the dense model, in place of the first measuring; what is derived of
             it is kept there, so that the next budget costs less.
-        shelf: Where hidden states and the moments of every site wait; without it in memory.
+        shelf: Where hidden states, the moments of every site and finished layers lie; without it in memory.
         on_step: Called after each batch has passed a block.
 
     Returns:
@@ -261,7 +261,10 @@ def compress_in_bits(  # noqa: PLR0913
         plan = allocate(losses)
         for name, layer in dense.items():
             model.set_submodule(name, layer)
-        plan = _carried_out(model, sites, plan, batches, dense, measured, drift if number == rounds else 0.0, on_step)
+        share = drift if number == rounds else 0.0
+        plan = _carried_out(
+            model, sites, plan, batches, dense, measured, share, Shelf() if shelf is None else shelf, on_step
+        )
     assert plan is not None, "there is at least one round"
     facts = {**plan.calibration, "rounds": rounds, "drift": drift}
     plan = finish(model, replace(plan, calibration=facts))
@@ -274,9 +277,10 @@ def _measured(
 ) -> Iterator[tuple[str, SiteMoments]]:
     """Moments of one site after the other, which are kept on a shelf."""
     for block in calibrate_blocks(model, sites, batches, on_step, loss, shelf):
-        for name, moments in block.moments.items():
-            shelf[name] = moments
-            yield name, moments
+        for name in list(block.moments):
+            # Not to be alive while the next block is measured.
+            shelf[name] = block.moments.pop(name)
+            yield name, shelf[name]
 
 
 def _given(model: Any, sites: Sequence[Site], statistics: Statistics) -> Iterator[tuple[str, SiteMoments]]:
@@ -309,6 +313,7 @@ def _carried_out(  # noqa: PLR0913, PLR0917
     dense: Mapping[str, Any],
     measured: Mapping[Any, SiteMoments],
     drift: float,
+    shelf: Shelf,
     on_step: Step,
 ) -> Plan:
     """Put the layers of a plan in place, walking along the compressed model, and price them as they are stored."""
@@ -341,7 +346,7 @@ def _carried_out(  # noqa: PLR0913, PLR0917
                 aim = read if streams is None else drift * streams.mean + (1 - drift) * streams.drifted.mean
             bias = bias + (W.double() @ aim - matrix.double() @ read).to(bias.dtype)
             _set_bias(layer, bias.to(linear.weight.dtype))
-        return layer
+        return shelf.hold(layer)
 
     made = fit_along(model, sites, batches, dense, place, on_step=on_step) if drift else set()
     rest = [site for site in sites if site.name not in made and option_of[site.name].changes]
