@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -148,10 +149,12 @@ class Shelf(MutableMapping[Hashable, Any]):
             return module
         path = self._path()
         self._write(path, [(places[name].start, part.detach()) for name, part in numbers.items()], size)
-        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        path.unlink()
         for name, part in numbers.items():
-            part.data = places[name].of(data)
+            if part.numel():
+                # Each mapped alone: transformers takes tensors of one storage for tied ones, and copies them.
+                taken = np.memmap(path, np.uint8, "c", places[name].start, part.numel() * part.element_size())
+                part.data = torch.from_numpy(taken).view(part.dtype).reshape(part.shape)
+        path.unlink()
         return module
 
     def _fits(self, size: int) -> bool:

@@ -198,11 +198,8 @@ def compress(
         say(f"Calibrating on {count} x {length or default_length(loaded.config)} tokens of {corpus.name}.")
         if calibration.startswith("bundled:"):
             say("This is the bundled sample; text like yours gives a better model: --calibration my_text.jsonl")
-    work = output.with_name(f".{output.name}.refine")
-    keeps(
-        f"nothing was written to {output}"
-        + (f"; the same command resumes with the refined blocks in {work}." if refine else ".")
-    )
+    work = output.with_name(f".{output.name}.work")
+    keeps(f"nothing was written to {output}; the same command resumes with what was worked out, which lies in {work}.")
     with stages() as stage:
         done = compress_model(
             loaded, tokenizer, keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase, rank=rank,

@@ -29,9 +29,10 @@ def correct_drift(  # noqa: PLR0913
     plan: Plan,
     batches: Sequence[Mapping[str, Tensor]],
     dense: Mapping[str, nn.Module],
-    ordered: Shelf,
+    ordered: Mapping[Any, Ordered],
     *,
     share: float = 0.5,
+    shelf: Shelf | None = None,
     on_step: Step = no_step,
 ) -> None:
     """Fit every site to what the compressed model feeds it, layer after layer, in place.
@@ -49,8 +50,9 @@ def correct_drift(  # noqa: PLR0913
         plan: What was carried out.
         batches: Calibration batches.
         dense: The dense layer of every site.
-        ordered: A shelf with the factorization of every site; finished layers are held there too.
+        ordered: The factorization of every site.
         share: How much of the correction is applied, 0 to 1.
+        shelf: What holds finished layers; without it they lie in memory.
         on_step: Called after each batch has passed a block.
     """
     option_of = {name: option for option in plan.options for name in option.sites}
@@ -61,7 +63,8 @@ def correct_drift(  # noqa: PLR0913
         W, bias = matrix_of(dense[site.name])
         correction = share * streams.correction(W, centred=bias is not None)
         factors = ordered.get(site.name)
-        return ordered.hold(_corrected(dense[site.name], option_of[site.name], factors, correction, streams, share))
+        layer = _corrected(dense[site.name], option_of[site.name], factors, correction, streams, share)
+        return layer if shelf is None else shelf.hold(layer)
 
     fit_along(model, sites, batches, dense, fitted, on_step=on_step)
 

@@ -13,7 +13,8 @@ from rankfold.architectures import adopt
 from rankfold.calibration import calibrate_blocks, is_reached
 from rankfold.circumstances import versions
 from rankfold.errors import InputError
-from rankfold.factorization import METHODS, SiteMoments
+from rankfold.factorization import METHODS, Factors, SiteMoments
+from rankfold.journal import Journal
 from rankfold.modules import (
     FORMS,
     FactorizedLinear,
@@ -37,6 +38,7 @@ def factorize(
     statistics: Mapping[str, SiteMoments] | None = None,
     on_step: Step = no_step,
     shelf: Shelf | None = None,
+    journal: Journal | None = None,
 ) -> Plan:
     """Replace the planned sites of a model, in place.
 
@@ -46,6 +48,7 @@ def factorize(
         statistics: Moments by site, from `calibrate`, where the plan's method needs data.
         on_step: Called after each site, for a progress bar.
         shelf: What holds finished layers; without it they lie in memory.
+        journal: The factors that an interrupted run has worked out, and this one does.
 
     Returns:
         The plan as it was carried out: sites that no calibration token reached stay dense, with a note.
@@ -53,7 +56,7 @@ def factorize(
     Raises:
         ValueError: If the method needs statistics that are missing, or a weight is not finite.
     """
-    options = _replace(model, plan, plan.options, statistics or {}, on_step, shelf)
+    options = _replace(model, plan, plan.options, statistics or {}, on_step, shelf, journal)
     return finish(model, replace(plan, options=options))
 
 
@@ -64,6 +67,7 @@ def factorize_blocks(
     batches: Iterable[Mapping[str, Tensor]],
     on_step: Step = no_step,
     shelf: Shelf | None = None,
+    journal: Journal | None = None,
 ) -> Plan:
     """Measure and replace block after block, in place, so that only one block's moments are alive at a time.
 
@@ -76,6 +80,7 @@ def factorize_blocks(
         batches: Calibration batches on the model's device.
         on_step: Called after each batch has passed a block.
         shelf: What holds finished layers; without it they lie in memory.
+        journal: The factors that an interrupted run has worked out, and this one does.
 
     Returns:
         The plan as it was carried out.
@@ -88,10 +93,16 @@ def factorize_blocks(
     # While blocks are measured nothing requires gradients; what replaces a weight gets its flag back at the end.
     wanted = {site.name: linear_at(model, site.name).weight.requires_grad for site in planned}
     done: dict[tuple[str, ...], tuple[Option, ...]] = {}
-    for block in calibrate_blocks(model, planned, batches, on_step):
+    known = {option for option in plan.options if option.form != DENSE and _is_known(plan, option, journal)}
+    rest = [site for site in planned if option_of[site.name] not in known]
+    for block in calibrate_blocks(model, rest, batches, on_step) if rest else ():
         options = tuple(dict.fromkeys(option_of[name] for name in block.moments))
         for option in options:
-            done[option.sites] = _replace(model, plan, (option,), block.moments, shelf=shelf)
+            done[option.sites] = _replace(model, plan, (option,), block.moments, shelf=shelf, journal=journal)
+    # Last, since the others are measured on what the dense model gives them.
+    for option in plan.options:
+        if option in known:
+            done[option.sites] = _replace(model, plan, (option,), {}, shelf=shelf, journal=journal)
     for name, flag in wanted.items():
         linear_at(model, name).requires_grad_(flag)
     options = tuple(result for option in plan.options for result in done.get(option.sites, (option,)))
@@ -105,6 +116,7 @@ def _replace(
     statistics: Mapping[str, SiteMoments],
     on_step: Step = no_step,
     shelf: Shelf | None = None,
+    journal: Journal | None = None,
 ) -> tuple[Option, ...]:
     """Carry out some options of a plan."""
     results: list[Option] = []
@@ -115,7 +127,9 @@ def _replace(
         unreached = []
         for name in option.sites:
             try:
-                module = factorize_site(model, name, option, option.method or plan.method, statistics.get(name))
+                module = factorize_site(
+                    model, name, option, option.method or plan.method, statistics.get(name), journal
+                )
             except ValueError as error:
                 error.args = (f"{name}: {error}",)
                 raise
@@ -130,9 +144,16 @@ def _replace(
 
 @torch.no_grad()
 def factorize_site(
-    model: Any, name: str, option: Option, method: str, moments: SiteMoments | None
+    model: Any,
+    name: str,
+    option: Option,
+    method: str,
+    moments: SiteMoments | None,
+    journal: Journal | None = None,
 ) -> FactorizedLinear | None:
     """The module for one site of a model that stays as it is; nothing where no calibration token reached it.
+
+    Factors that a journal holds are taken from there, others put down in it.
 
     Raises:
         ValueError: If form and method do not go together, statistics are missing, or a weight is not finite.
@@ -142,15 +163,31 @@ def factorize_site(
         raise InputError(
             f"The method {method!r} makes the form {chosen.form!r}, but the plan asks for {option.form!r}."
         )
-    if chosen.needs_data and moments is None:
-        raise InputError(f"The method {method!r} needs statistics of this site: pass the result of calibrate(...).")
-    if chosen.needs_data and moments is not None and not is_reached(moments):
-        return None
     linear = linear_at(model, name)
     weight, bias = matrix_of(linear)
-    factors = chosen.factorize(weight, bias, moments or SiteMoments(), option.ranks[0])
+    known = None if journal is None else journal.get(_key(name, option, method))
+    if known is None:
+        if chosen.needs_data and moments is None:
+            raise InputError(f"The method {method!r} needs statistics of this site: pass the result of calibrate(...).")
+        if chosen.needs_data and moments is not None and not is_reached(moments):
+            return None
+        known = chosen.factorize(weight, bias, moments or SiteMoments(), option.ranks[0])
+        if journal is not None:
+            journal[_key(name, option, method)] = known
+    factors: Factors = known
     module = factorized_module(factors, option.form, linear.weight.dtype)
     return module.requires_grad_(linear.weight.requires_grad)
+
+
+def _key(name: str, option: Option, method: str) -> str:
+    """What the factors of a site are put down under."""
+    return f"{name} {method} {option.form} {option.ranks}"
+
+
+def _is_known(plan: Plan, option: Option, journal: Journal | None) -> bool:
+    """Whether a journal holds the factors of all sites of an option."""
+    method = option.method or plan.method
+    return journal is not None and all(_key(name, option, method) in journal for name in option.sites)
 
 
 def split_off(model: Any, option: Option, unreached: list[str]) -> list[Option]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from rankfold.compression.drift import correct_drift
 from rankfold.compression.replace import finish, split_off
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS, Ordered, SiteMoments
+from rankfold.fingerprint import fingerprint
+from rankfold.journal import Journal
 from rankfold.modules import factorized_module, linear_at, matrix_of, use_eager_experts
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Step, no_step
@@ -37,6 +39,7 @@ def compress_in_rounds(  # noqa: PLR0913
     rounds: int = 2,
     drift: float = 0.5,
     shelf: Shelf | None = None,
+    journal: Journal | None = None,
     known: dict[str, list[float]] | None = None,
     on_step: Step = no_step,
 ) -> Plan:
@@ -56,6 +59,8 @@ def compress_in_rounds(  # noqa: PLR0913
         rounds: Rounds after the first.
         drift: Share of the drift that is corrected, 0 to 1.
         shelf: Where hidden states, the factors of every site and finished layers lie; without it in memory.
+        journal: What an interrupted run has worked out of single sites, and this one does; the factors of every site
+            lie there instead of on the shelf.
         known: Predicted losses of the dense model's sites. Empty ones are filled; those of an earlier call without
             rounds on the same shelf, where their factors are, save measuring them again.
         on_step: Called after each batch has passed a block.
@@ -76,30 +81,62 @@ def compress_in_rounds(  # noqa: PLR0913
         )
     batches = list(batches)
     dense: dict[str, nn.Module] = {}
-    ordered = Shelf() if shelf is None else shelf
+    shelf = Shelf() if shelf is None else shelf
+    ordered: MutableMapping[Any, Ordered]
     losses = {} if known is None else known
     plan = None
     if losses:
         use_eager_experts(model)
         dense = {site.name: linear_at(model, site.name) for site in sites}
     for number in range(rounds + 1):
-        measured = () if losses and not number else calibrate_blocks(model, sites, batches, on_step, loss, ordered)
-        for block in measured:
-            for name in list(block.moments):
-                # Not to be alive while the next block is measured.
-                moments = block.moments.pop(name)
-                dense.setdefault(name, linear_at(model, name))
-                if is_reached(moments, gradients=True):
-                    found = _decompose(name, dense[name], moments, decompose)
-                    ordered[name], losses[name] = found, found.losses.tolist()
+        ordered = shelf if journal is None else journal.of(_state(plan))
+        if not losses or number:
+            dense = dense or {site.name: linear_at(model, site.name) for site in sites}
+            losses.update(_measured(model, sites, batches, dense, decompose, ordered, loss, shelf, on_step))
         plan = allocate(losses)
         # Factors that nothing asks for again need not wait longer.
-        used_up = known is None and not drift and number == rounds
-        plan = _carry_out(model, plan, dense, ordered, used_up)
+        used_up = known is None and not drift and number == rounds and journal is None
+        plan = _carry_out(model, plan, dense, ordered, shelf, used_up)
     assert plan is not None, "there is at least one round"
     if drift:
-        correct_drift(model, sites, plan, batches, dense, ordered, share=drift, on_step=on_step)
+        correct_drift(model, sites, plan, batches, dense, ordered, share=drift, shelf=shelf, on_step=on_step)
     return finish(model, replace(plan, calibration={**plan.calibration, "rounds": rounds, "drift": drift}))
+
+
+def _state(plan: Plan | None) -> str:
+    """A name for what a model has become by a plan, on which what is measured of it depends."""
+    if plan is None:
+        return "dense"
+    return fingerprint([(option.sites, option.form, option.ranks) for option in plan.options])
+
+
+def _measured(  # noqa: PLR0913, PLR0917
+    model: Any,
+    sites: Sequence[Site],
+    batches: Sequence[Mapping[str, Tensor]],
+    dense: Mapping[str, nn.Module],
+    decompose: Callable[..., Ordered],
+    ordered: MutableMapping[Any, Ordered],
+    loss: Loss,
+    shelf: Shelf,
+    on_step: Step,
+) -> dict[str, list[float]]:
+    """Predicted losses of every site that is reached, by its factorization, which is put down in `ordered`."""
+    done = {site.name for site in sites if isinstance(ordered, Journal) and site.name in ordered}
+    losses = {name: ordered[name].losses.tolist() for name in done}
+    rest = [site for site in sites if site.name not in done]
+    if not rest:
+        use_eager_experts(model)
+        for _ in range(2 * len({site.block for site in sites}) * len(batches)):
+            on_step()
+    for block in calibrate_blocks(model, rest, batches, on_step, loss, shelf) if rest else ():
+        for name in list(block.moments):
+            # Not to be alive while the next block is measured.
+            moments = block.moments.pop(name)
+            if is_reached(moments, gradients=True):
+                found = _decompose(name, dense[name], moments, decompose)
+                ordered[name], losses[name] = found, found.losses.tolist()
+    return losses
 
 
 def restore(model: Any, dense: Mapping[str, nn.Module], earlier: Mapping[str, Any] | None = None) -> None:
@@ -152,7 +189,8 @@ def _carry_out(
     model: Any,
     plan: Plan,
     dense: Mapping[str, nn.Module],
-    ordered: Shelf,
+    ordered: MutableMapping[Any, Ordered],
+    shelf: Shelf,
     used_up: bool,
 ) -> Plan:
     """Put the modules of a plan in place; sites without statistics stay dense."""
@@ -170,7 +208,7 @@ def _carry_out(
             shrinkages.append(found.shrinkage)
             factors = found.truncate(*matrix_of(linear), option.ranks[0])
             module = factorized_module(factors, option.form, linear.weight.dtype)
-            model.set_submodule(name, ordered.hold(module.requires_grad_(linear.weight.requires_grad)))
+            model.set_submodule(name, shelf.hold(module.requires_grad_(linear.weight.requires_grad)))
         noted = replace(option, shrinkage=max(shrinkages)) if shrinkages else option
         options.extend(split_off(model, noted, unreached))
     return replace(plan, options=tuple(options))

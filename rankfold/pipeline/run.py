@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from rankfold.allocation import BudgetError, WidthLosses, allocate, uniform_widths
 from rankfold.calibration import BUNDLED, Corpus, Statistics, calibrate, summed_loss, usual_labels
+from rankfold.circumstances import versions
 from rankfold.compression import compress_in_rounds, factorize, factorize_blocks, nest, restore
 from rankfold.errors import InputError
+from rankfold.factorization import Factors, Moments, Ordered, SiteMoments
 from rankfold.fingerprint import fingerprint
+from rankfold.journal import Journal
 from rankfold.modules import linear_at, use_eager_experts
 from rankfold.pipeline.budget import Budget, parse_bytes
 from rankfold.pipeline.reading import Reading, read_text
@@ -114,7 +117,8 @@ def compress(  # noqa: PLR0913
             (`TMPDIR`) instead of memory; by default 3 % of what is free.
         seed: Random seed.
         stage: Opens a stage of work, for progress bars.
-        work: Folder in which refined blocks are kept, so that an interrupted run resumes; the caller removes it.
+        work: Folder in which is kept what was worked out of sites and blocks, so that an interrupted run resumes; the
+            caller removes it.
 
     Returns:
         The plan as it was carried out, also stored in the model's configuration.
@@ -207,6 +211,7 @@ class _Compression:
         # Predicted losses of the dense model, while the factors behind them lie on the shelf.
         searched = budget.max_loss_increase is not None and settings.rounds_for(budget) == 0
         self.known: dict[str, list[float]] | None = {} if searched else None
+        self.journal: Journal | None = None
         self.blocks = len({site.block for site in sites if site.block})
         self.dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
         use_eager_experts(model)
@@ -214,7 +219,13 @@ class _Compression:
     def run(self, work: Path | None) -> Plan:
         """Factorize within the budget, then refine where that was asked for."""
         budget, refine = self.budget, self.settings.refine
-        digest = fingerprint(self.model) if refine and work is not None else ""
+        digest = "" if work is None else fingerprint(self.model)
+        if work is not None:
+            asked = {**vars(budget), "plan": budget.plan and budget.plan.to_dict()}
+            names = [site.name for site in self.sites]
+            run = fingerprint(digest, asked, asdict(self.settings), names, self.batches, versions())
+            kinds = (Ordered, Factors, Moments, SiteMoments, WidthLosses)
+            self.journal = Journal(work / run, *kinds)
         teacher = None
         if refine and self.settings.refine_toward == "predictions" and predicts(self.model, self.batches[0]):
             teacher = _teacher(self.model, self.dense.values())
@@ -247,19 +258,21 @@ class _Compression:
         if gradients and settings.entry.ordered is not None:
             return compress_in_rounds(
                 model, self.sites, batches, loss=summed_loss(model, self.labels, settings.seed), allocate=allocated,
-                method=settings.method, rounds=rounds, drift=drift, shelf=self.shelf, known=self.known,
-                on_step=self.stage(f"{title}measuring inputs and gradients", visits * len(batches)),
+                method=settings.method, rounds=rounds, drift=drift, shelf=self.shelf, journal=self.journal,
+                known=self.known, on_step=self.stage(f"{title}measuring inputs and gradients", visits * len(batches)),
             )  # fmt: skip
         if gradients:
             advance = self.stage(f"{title}measuring inputs and gradients", (2 * blocks + 1) * len(batches))
             loss = summed_loss(model, self.labels, settings.seed)
             statistics = calibrate(model, self.sites, batches, method=settings.method, loss=loss, on_step=advance)
             plan = allocated(statistics.losses(settings.method))
-            return factorize(model, plan, statistics, self.stage(f"{title}sites", len(self.sites)), self.shelf)
+            advance = self.stage(f"{title}sites", len(self.sites))
+            return factorize(model, plan, statistics, advance, self.shelf, self.journal)
         if settings.entry.needs_data:
             advance = self.stage(f"{title}blocks x batches", (blocks + 1) * len(batches))
-            return factorize_blocks(model, allocated(None), self.sites, batches, advance, self.shelf)
-        return factorize(model, allocated(None), None, self.stage(f"{title}sites", len(self.sites)), self.shelf)
+            return factorize_blocks(model, allocated(None), self.sites, batches, advance, self.shelf, self.journal)
+        advance = self.stage(f"{title}sites", len(self.sites))
+        return factorize(model, allocated(None), None, advance, self.shelf, self.journal)
 
     def _shared(self, keep: float | None, facts: Mapping[str, Any], title: str, steps: int) -> Plan:
         """Compress once, the budget shared out over bits and ranks."""
@@ -288,7 +301,8 @@ class _Compression:
         loss = summed_loss(self.model, self.labels, settings.seed)
         return compress_in_bits(
             self.model, self.sites, self.batches, loss=loss, allocate=allocated, rounds=rounds,
-            drift=settings.drift_for(self.budget), statistics=self.statistics, shelf=self.shelf, on_step=advance,
+            drift=settings.drift_for(self.budget), statistics=self.statistics, shelf=self.shelf, journal=self.journal,
+            on_step=advance,
         )  # fmt: skip
 
     def _allocated(self, keep: float | None, losses: Mapping[str, Sequence[float]] | None) -> Plan:

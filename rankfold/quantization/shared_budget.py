@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from rankfold.calibration import Loss, Statistics, calibrate_blocks, is_reached
 from rankfold.compression import Streams, finish, fit_along
 from rankfold.errors import InputError
 from rankfold.factorization import SiteMoments, ordered_kfac, predicted_loss
+from rankfold.journal import Journal
 from rankfold.modules import (
     WHOLE_MATRIX,
     WHOLE_ROW,
@@ -215,6 +216,7 @@ def compress_in_bits(  # noqa: PLR0913
     drift: float = 0.5,
     statistics: Statistics | None = None,
     shelf: Shelf | None = None,
+    journal: Journal | None = None,
     on_step: Step = no_step,
 ) -> Plan:
     """Share one budget over bits and ranks, in place, each layer fitted to what the compressed ones before it give.
@@ -230,6 +232,7 @@ def compress_in_bits(  # noqa: PLR0913
         statistics: What `calibrate` measured of the dense model, in place of the first measuring; what is derived of
             it is kept there, so that the next budget costs less.
         shelf: Where hidden states, the moments of every site and finished layers lie; without it in memory.
+        journal: What an interrupted run has measured of the dense model, and this one does.
         on_step: Called after each batch has passed a block.
 
     Returns:
@@ -243,13 +246,17 @@ def compress_in_bits(  # noqa: PLR0913
     for number in range(rounds + 1):
         losses: dict[str, WidthLosses] = {}
         known = statistics if number == 0 else None
-        kept = {} if known is None else known.kept
+        kept: MutableMapping[str, Any] = {} if known is None else known.kept
         measured: Any = known
-        if known is None:
+        if known is None and journal is not None and number == 0:
+            measured, kept = journal.of("moments"), journal.of("losses")
+        elif known is None:
             measured = Shelf() if shelf is None else shelf
             measured.clear()
         found = (
-            _measured(model, sites, batches, on_step, loss, measured) if known is None else _given(model, sites, known)
+            _measured(model, sites, batches, on_step, loss, measured, shelf)
+            if known is None
+            else _given(model, sites, known)
         )
         for name, moments in found:
             dense.setdefault(name, linear_at(model, name))
@@ -273,14 +280,28 @@ def compress_in_bits(  # noqa: PLR0913
 
 
 def _measured(
-    model: Any, sites: Sequence[Site], batches: Sequence[Mapping[str, Tensor]], on_step: Step, loss: Loss, shelf: Any
+    model: Any,
+    sites: Sequence[Site],
+    batches: Sequence[Mapping[str, Tensor]],
+    on_step: Step,
+    loss: Loss,
+    kept: MutableMapping[Any, SiteMoments],
+    shelf: Shelf | None,
 ) -> Iterator[tuple[str, SiteMoments]]:
-    """Moments of one site after the other, which are kept on a shelf."""
-    for block in calibrate_blocks(model, sites, batches, on_step, loss, shelf):
+    """Moments of one site after the other, which are kept; of those that are kept already nothing is measured."""
+    done = [site.name for site in sites if site.name in kept]
+    rest = [site for site in sites if site.name not in kept]
+    use_eager_experts(model)
+    for name in done:
+        yield name, kept[name]
+    if not rest:
+        for _ in range(2 * len({site.block for site in sites}) * len(batches)):
+            on_step()
+    for block in calibrate_blocks(model, rest, batches, on_step, loss, shelf) if rest else ():
         for name in list(block.moments):
             # Not to be alive while the next block is measured.
-            shelf[name] = block.moments.pop(name)
-            yield name, shelf[name]
+            kept[name] = block.moments.pop(name)
+            yield name, kept[name]
 
 
 def _given(model: Any, sites: Sequence[Site], statistics: Statistics) -> Iterator[tuple[str, SiteMoments]]:
