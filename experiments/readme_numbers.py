@@ -151,7 +151,33 @@ def grids() -> list[str]:
         f"{cost['peak_memory']:.1f} times the memory of `rankfold compress` (`python benchmarks/compress_cost.py`, alternating runs, one thread). Beside",
         f"SVD-LLM's own functions (`python benchmarks/svd_llm.py`, 29 M parameters): {', '.join(parts)}.",
         "",
+        *memory(),
     ]
+
+
+def memory() -> list[str]:
+    """Checkpoints compressed under a limit of memory."""
+    found = {(record.subject, record.name): record for record in read("larger_than_memory")}
+    subjects = dict.fromkeys(subject for subject, _ in found)
+    lines = [
+        "Under a limit that the system enforces (`python benchmarks/larger_than_memory.py`: Llamas of random weights, keep 0.8, one thread, no swap;",
+        "memory of its own is what is not mapped from files):",
+        "",
+        "| | checkpoint, MB | limit, MB | own memory, MB | seconds | killed and gone on with |",
+        "|---|---|---|---|---|---|",
+    ]
+    for subject in subjects:
+        facts = found[subject, "time"].context
+        megabytes = [facts["bytes"], facts["limit"], float(found[subject, "peak_anonymous_memory"].value or 0)]
+        same = found.get((subject, "same_bytes"))
+        kills = ""
+        if same is not None:
+            spent = float(found[subject, "time_killed"].value or 0)
+            equal = "the same bytes" if same.value else "other bytes"
+            kills = f"{same.context['kills']} times: {equal}, {spent:.0f} s in all"
+        cells = [subject, *(f"{value / 1e6:,.0f}" for value in megabytes)]
+        lines.append(f"| {' | '.join(cells)} | {float(found[subject, 'time'].value or 0):.0f} | {kills} |")
+    return [*lines, ""] if subjects else []
 
 
 COLUMNS = ("bytes on disk", "loss, nat/token", "perplexity", "decode, tokens/s", "seconds to make")

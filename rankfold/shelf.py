@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -154,7 +155,10 @@ class Shelf(MutableMapping[Hashable, Any]):
                 # Each mapped alone: transformers takes tensors of one storage for tied ones, and copies them.
                 taken = np.memmap(path, np.uint8, "c", places[name].start, part.numel() * part.element_size())
                 part.data = torch.from_numpy(taken).view(part.dtype).reshape(part.shape)
-        path.unlink()
+        # Mapped files cannot be removed on Windows, and go with the folder.
+        with suppress(PermissionError):
+            path.unlink()
+        give_back()
         return module
 
     def _fits(self, size: int) -> bool:
