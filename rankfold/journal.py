@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -19,8 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankfold.errors import InputError
-
-T = TypeVar("T")
 
 
 class Journal(MutableMapping[str, Any]):
@@ -43,13 +41,6 @@ class Journal(MutableMapping[str, Any]):
     def of(self, part: str) -> Journal:
         """The journal of a part of the work."""
         return Journal(self.folder / part, *self._kinds.values())
-
-    def once(self, name: str, make: Callable[[], T]) -> T:
-        """What was worked out under a name, or is worked out now."""
-        if name not in self:
-            self[name] = make()
-        found: T = self[name]
-        return found
 
     def __contains__(self, name: object) -> bool:
         """Whether a value lies here and can be read."""

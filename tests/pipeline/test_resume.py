@@ -127,7 +127,7 @@ def test_a_damaged_file_counts_as_not_there(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     assert "a" not in journal
     assert list(journal) == []
-    assert torch.equal(journal.once("a", lambda: torch.zeros(2)), torch.zeros(2))
+    journal["a"] = torch.zeros(2)
     assert torch.equal(journal["a"], torch.zeros(2))
     del journal["a"]
     assert len(journal) == 0
