@@ -31,7 +31,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent / "experiments"))
 import peers
-from results import Results, quiet
+from results import Results, quiet, read
 
 import rankfold
 from rankfold.allocation.widths import factor_bytes, matrix_bytes
@@ -263,14 +263,24 @@ def main() -> None:
                 if not table.has(f"{row} @ {average:g}"):
                     table.make(row, average, make)
             table.measure()
+        table = Table(bench, name, results)
+        for scheme in arguments.peers:
+            if not table.has(scheme):
+                table.make(scheme, None, lambda: peer(bench, scheme))  # noqa: B023
+        table.measure()
         for scheme in arguments.peers:
             table = Table(bench, name, results)
-            if not table.has(scheme):
-                bits = table.make(scheme, None, lambda: peer(bench, scheme))  # noqa: B023
+            if not table.has(f"{BOTH}, at the bytes of {scheme}"):
                 # Never more bytes than the peer's.
-                average = math.floor(bits * 1000) / 1000
+                average = math.floor(bits_of(name, scheme) * 1000) / 1000
                 table.make(f"{BOTH}, at the bytes of {scheme}", None, lambda: bench.shared(average, "rank,bits"))  # noqa: B023
             table.measure()
+
+
+def bits_of(base: str, scheme: str) -> float:
+    """Bits a weight of a peer's row."""
+    rows = [record for record in read("one_budget") if record.context.get("base") == base]
+    return float(next(record.context["bits"] for record in rows if record.context.get("peer") == scheme))
 
 
 if __name__ == "__main__":

@@ -243,14 +243,17 @@ def peer_table(records: Sequence[Record], base: str, dense: float) -> list[str]:
     names = [row for row, name in found if name == "loss" and not row.startswith("rankfold")]
     lines = [f"| {base}, at the bytes of | bits | its rise | rankfold's | rankfold's over its |", "|---" * 5 + "|"]
     for name in names:
-        ours = f"rankfold, bits and ranks, at the bytes of {name}"
-        rises = [float(found[row, "loss"].value or 0) - dense for row in (name, ours)]
-        cells = [
-            f"{rise:.4f} ({found[row, 'kl_to_dense'].value:.4f} ± {found[row, 'kl_to_dense'].error or 0:.4f})"
-            for row, rise in zip((name, ours), rises, strict=True)
-        ]
+        cells, rises = [], []
+        for row in (name, f"rankfold, bits and ranks, at the bytes of {name}"):
+            if (row, "loss") not in found:
+                cells.append("")
+                continue
+            divergence = found[row, "kl_to_dense"]
+            rises.append(float(found[row, "loss"].value or 0) - dense)
+            cells.append(f"{rises[-1]:.4f} ({divergence.value:.4f} ± {divergence.error or 0:.4f})")
+        ratio = f"{rises[1] / rises[0]:.2f}" if len(rises) == 2 else ""
         bits = found[name, "loss"].context["bits"]
-        lines.append(f"| {name} | {bits:.2f} | {cells[0]} | {cells[1]} | {rises[1] / rises[0]:.2f} |")
+        lines.append(f"| {name} | {bits:.2f} | {cells[0]} | {cells[1]} | {ratio} |")
     return ["", *lines, ""] if names else [""]
 
 

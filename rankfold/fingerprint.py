@@ -16,7 +16,7 @@ def digest_of(model: Any) -> list[Any]:
     digest: list[Any] = [getattr(model.config, "rankfold", None)]
     for name, part in model.state_dict().items():
         numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.append([name, list(part.shape), hashlib.sha256(numbers.tobytes()).hexdigest()])
+        digest.append([name, list(part.shape), hashlib.sha256(numbers).hexdigest()])
     return digest
 
 
