@@ -22,7 +22,7 @@ def llm_compressor(python: Path, folder: Path, windows: Tensor, bits: int, group
         script = Path(__file__).parent / "gptq_by_llm_compressor.py"
         command = [python, script, folder, Path(work) / "windows.safetensors", Path(work) / "model"]
         _run([*command, "--bits", bits, "--group", group])
-        return rankfold.load(Path(work) / "model", dtype=torch.bfloat16)[0]
+        return _of(folder, rankfold.load(Path(work) / "model", dtype=torch.bfloat16)[0])
 
 
 def k_quant(source: Path, folder: Path, text: str, scheme: str, length: int) -> tuple[Any, int]:
@@ -47,7 +47,13 @@ def k_quant(source: Path, folder: Path, text: str, scheme: str, length: int) -> 
         _run([tools / "llama-quantize", "--imatrix", importance, *kept, dense, out, scheme, 2])
         tensors = [tensor for tensor in GGUFReader(out).tensors if tensor.name.startswith("blk.")]
         stored = sum(int(tensor.n_bytes) for tensor in tensors if len(tensor.shape) > 1)
-        return rankfold.load(out, dtype=torch.bfloat16)[0], stored
+        return _of(folder, rankfold.load(out, dtype=torch.bfloat16)[0]), stored
+
+
+def _of(folder: Path, model: Any) -> Any:
+    """A model that bears the name of what it was made from, not of a folder that is gone."""
+    model.config._name_or_path = str(folder)
+    return model
 
 
 def _run(command: list[Any]) -> None:

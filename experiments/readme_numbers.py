@@ -160,8 +160,8 @@ def memory() -> list[str]:
     found = {(record.subject, record.name): record for record in read("larger_than_memory")}
     subjects = dict.fromkeys(subject for subject, _ in found)
     lines = [
-        "Under a limit that the system enforces (`python benchmarks/larger_than_memory.py`: Llamas of random weights, keep 0.8, one thread, no swap;",
-        "memory of its own is what is not mapped from files):",
+        "Under a limit that the system enforces (`python benchmarks/larger_than_memory.py`: Llamas of random weights, keep 0.8, no swap, one thread",
+        "beside other work; memory of its own is what is not mapped from files):",
         "",
         "| | checkpoint, MB | limit, MB | own memory, MB | seconds | killed and gone on with |",
         "|---|---|---|---|---|---|",
