@@ -168,6 +168,8 @@ def hardware() -> dict[str, str | int]:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
+    elif torch.backends.mps.is_available():
+        found["gpu"] = "Apple MPS"
     return found
 
 

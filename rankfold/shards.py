@@ -59,8 +59,11 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())[:8]
 
 
-def check_shard(path: Path) -> None:
+def check_shard(path: Path) -> int:
     """Compare a shard's length with what its header promises, which reads only the header.
+
+    Returns:
+        Number of its tensors.
 
     Raises:
         ValueError: If the file is truncated, too long or no safetensors file.
@@ -79,6 +82,7 @@ def check_shard(path: Path) -> None:
     expected = 8 + header_bytes + _end_of_data(path, header)
     if size != expected:
         raise InputError(f"{path}: must hold {expected} bytes but holds {size}: truncated or damaged. Copy it again.")
+    return len(header.keys() - {"__metadata__"})
 
 
 def _end_of_data(path: Path, header: Any) -> int:
@@ -92,14 +96,16 @@ def _end_of_data(path: Path, header: Any) -> int:
         ) from error
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> int:
     """Check every shard of a model folder.
+
+    Returns:
+        Number of tensors in all.
 
     Raises:
         ValueError: If weights are missing, truncated or not safetensors.
     """
-    for shard in shard_files(folder):
-        check_shard(shard)
+    return sum(check_shard(shard) for shard in shard_files(folder))
 
 
 @contextmanager

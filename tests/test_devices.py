@@ -1,7 +1,8 @@
 """The engine on another device than the CPU, where there is none: every tensor's device is checked at every operation.
 
 A pretended accelerator: tensors that say that they lie on the device `meta`, and hold their numbers on the CPU inside.
-An operation between them and a tensor of the CPU fails as it would on CUDA.
+An operation between them and a tensor of the CPU fails as it would on CUDA. Where the accelerator has no float64, as
+Apple's MPS has none, nothing may make such a tensor on it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import rankfold
+from rankfold import precision
+from rankfold.quality import next_token_quality
+from rankfold.quantization import quantize_blocks
 
 DEVICE = torch.device("meta")
 
@@ -85,6 +89,10 @@ def dispatched(function: Any, arguments: Any, settings: dict[str, Any]) -> Any:
         return arguments[0]
     if not result_here:
         return plain
+    if "meta" in precision.WITHOUT_FLOAT64 and any(
+        isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_flatten(plain)[0]
+    ):
+        raise TypeError(f"{name}: the pretended accelerator has no float64")
     return tree_map(
         lambda leaf: OnDevice(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, OnDevice) else leaf, plain
     )
@@ -117,6 +125,16 @@ def moved(model: nn.Module) -> None:
                 module._buffers[name] = OnDevice(buffer)
 
 
+@pytest.fixture(params=["float64", "no float64"])
+def float64(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the accelerator has float64."""
+    has = request.param == "float64"
+    if not has:
+        monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {"meta"})
+    return has
+
+
+@pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -135,6 +153,49 @@ def test_nothing_is_left_on_the_cpu(settings: dict[str, Any]) -> None:
     with Accelerator(), FromLists():
         rankfold.compress(model, text=ids, batch_size=2, **settings)
     assert all(isinstance(part, OnDevice) for part in model.state_dict().values())
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scheme", ["gptq", "spqr"])
+def test_quantized_layers_are_where_the_others_are(scheme: str) -> None:
+    model = tiny.build("llama")
+    ids = torch.randint(0, 128, (4, 16))
+    moved(model)
+    with Accelerator(), FromLists():
+        rankfold.compress(model, text=ids, batch_size=2, keep=0.6, method="svd")
+        quantize_blocks(model, [{"input_ids": OnDevice(ids)}], scheme)
+    assert all(isinstance(part, OnDevice) for part in model.state_dict().values())
+
+
+@pytest.mark.usefixtures("float64")
+def test_loss_and_divergence_are_measured_on_it() -> None:
+    model, other = tiny.build("llama"), tiny.build("llama")
+    ids = torch.randint(0, 128, (4, 16))
+    expected = next_token_quality(model, ids, dense=other)
+    moved(model)
+    moved(other)
+    with Accelerator(), FromLists():
+        found = next_token_quality(model, ids, dense=other)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
+def test_float64_is_missing_where_it_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {"meta"})
+    with Accelerator(), pytest.raises(TypeError, match="has no float64"):
+        OnDevice(torch.ones(3)).double()
+
+
+def test_what_is_compressed_where_there_is_no_float64_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(0, 128, (4, 16), generator=torch.Generator().manual_seed(0))
+    expected = tiny.build("llama")
+    rankfold.compress(expected, text=ids, batch_size=2, keep=0.6)
+    monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {"meta"})
+    model = tiny.build("llama")
+    moved(model)
+    with Accelerator(), FromLists():
+        rankfold.compress(model, text=ids, batch_size=2, keep=0.6)
+    for name, part in expected.state_dict().items():
+        assert torch.allclose(model.state_dict()[name].inner, part, atol=1e-5), name
 
 
 def test_a_tensor_on_the_cpu_is_found() -> None:

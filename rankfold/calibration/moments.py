@@ -26,6 +26,7 @@ from rankfold.calibration.walk import (
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS, Moments, SiteMoments
 from rankfold.modules import linear_at, restack, use_eager_experts
+from rankfold.precision import float64_device, widest
 from rankfold.progress import Step, no_step
 from rankfold.shelf import Shelf, give_back
 from rankfold.sites import Site
@@ -38,8 +39,9 @@ class MomentAccumulator:
     """Streaming mean and second moment: products of chunks in float32, sums in float64."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        """An accumulator of vectors of `size` numbers."""
+        """An accumulator of vectors of `size` numbers of a device; sums lie where float64 is to be had."""
         self.count = 0
+        device = float64_device(device)
         self._third = torch.zeros(size, dtype=torch.float64, device=device)
         self._fourth = torch.zeros((), dtype=torch.float64, device=device)
         self._sum = torch.zeros(size, dtype=torch.float64, device=device)
@@ -60,15 +62,16 @@ class MomentAccumulator:
     def _product(self, rows: Float[Tensor, "rows size"]) -> Float[Tensor, "size size"]:
         """The sum of the products of some vectors, which are counted; of one chunk as it comes, which saves work."""
         self.count += len(rows)
+        place, wide = self._second.device, widest(rows.device)
         product = None
         for chunk in torch.split(rows, _CHUNK):
             exact = chunk if chunk.dtype == torch.float64 else chunk.float()
-            found = exact.T @ exact
+            found = (exact.T @ exact).to(place)
             product = found if product is None else product.double() + found
-            self._sum += exact.sum(0, dtype=torch.float64)
-            squares = exact.square().sum(1, dtype=torch.float64)
-            self._third += squares.to(exact.dtype) @ exact
-            self._fourth += squares.square().sum()
+            self._sum += exact.sum(0, dtype=wide).to(place)
+            squares = exact.square().sum(1, dtype=wide)
+            self._third += (squares.to(exact.dtype) @ exact).to(place)
+            self._fourth += squares.square().sum().to(place)
         assert product is not None, "a split gives at least one part"
         return product
 

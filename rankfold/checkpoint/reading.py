@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ from rankfold.shards import check_folder
 
 ADAPTER = "adapter_config.json"
 """The file by which a folder of adapters is known."""
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+"""Names by which configurations say how many layers there are."""
+MOST_SHARED = 1000
+"""Layers that may share their weights, as ALBERT's do; more are held against the number of tensors."""
 
 
 def load(
@@ -37,7 +41,7 @@ def load(
     Args:
         source: A model folder, a GGUF file, or the name of a model on the Hub.
         dtype: Dtype of the weights; by default the checkpoint's own.
-        device: Where to put the model; `auto` is CUDA if available. By default the CPU.
+        device: Where to put the model; `auto` is CUDA if available, then MPS. By default the CPU.
         trust_remote_code: Whether code in the folder may run.
 
     Raises:
@@ -205,20 +209,26 @@ def is_factorized(folder: str | Path) -> bool:
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device | str | None:
-    """The device that a name stands for; `auto` is CUDA where there is one, otherwise the CPU.
+    """The device that a name stands for; `auto` is CUDA where there is one, then Apple's MPS, otherwise the CPU.
 
     Raises:
         ValueError: If there is no device of this name.
     """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return next((kind for kind in ("cuda", "mps") if _is_here(kind)), "cpu")
     try:
         kind = None if device is None else torch.device(device).type
     except RuntimeError as error:
-        raise InputError(f"A device must be auto, cpu, cuda or cuda:1, but got {device!r}.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"The device {device} was asked for, but torch {torch.__version__} sees no CUDA device here.")
+        raise InputError(f"A device must be auto, cpu, cuda, cuda:1 or mps, but got {device!r}.") from error
+    if kind in ("cuda", "mps") and not _is_here(kind):
+        raise InputError(
+            f"The device {device} was asked for, but torch {torch.__version__} sees no {kind.upper()} device here."
+        )
     return device
+
+
+def _is_here(kind: str) -> bool:
+    return bool(torch.cuda.is_available() if kind == "cuda" else torch.backends.mps.is_available())
 
 
 def check_source(source: str | Path) -> None:
@@ -231,8 +241,8 @@ def check_source(source: str | Path) -> None:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise InputError(f"{path}: a model folder must hold config.json, but this one does not.")
-        _check_config(path / "config.json")
-        check_folder(path)
+        settings = _check_config(path / "config.json")
+        _check_layers(path, settings, check_folder(path))
     elif path.is_file() and is_gguf(path):
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -243,10 +253,22 @@ def check_source(source: str | Path) -> None:
         )
 
 
-def _check_config(file: Path) -> None:
+def _check_config(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text())
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{file}: the configuration cannot be read ({error}). Copy it again.") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise InputError(f"{file}: a configuration must be an object with a `model_type`, but this one is not.")
+    return settings
+
+
+def _check_layers(folder: Path, settings: Mapping[str, Any], tensors: int) -> None:
+    """Whether the weights can be those of so many layers, since transformers would build all of them first."""
+    parts = (settings, *(value for value in settings.values() if isinstance(value, dict)))
+    layers = [part[name] for part in parts for name in LAYERS if isinstance(part.get(name), int)]
+    if max(layers, default=0) > max(tensors, MOST_SHARED):
+        raise InputError(
+            f"{folder}: config.json speaks of {max(layers):,} layers, but the weights are {tensors:,} tensors. "
+            "One of them is damaged or belongs to another model; copy both again."
+        )

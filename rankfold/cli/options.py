@@ -17,7 +17,10 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 Model = Annotated[str, typer.Argument(help="Model folder, or name on the Hugging Face hub.")]
 Device = Annotated[
-    str, typer.Option(help="Where to compute: auto (CUDA if available, otherwise the CPU), cpu, cuda, cuda:1.")
+    str,
+    typer.Option(
+        help="Where to compute: auto (CUDA if available, then MPS, otherwise the CPU), cpu, cuda, cuda:1, mps."
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]

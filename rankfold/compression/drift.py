@@ -15,6 +15,7 @@ from rankfold.calibration import BlockStep, MomentAccumulator, walk_body
 from rankfold.factorization import Moments, Ordered
 from rankfold.modules import factorized_module, linear_at, matrix_of, put, set_matrix
 from rankfold.plan import DENSE, Option, Plan
+from rankfold.precision import widened
 from rankfold.progress import Step, no_step
 from rankfold.shelf import Shelf
 from rankfold.sites import Site
@@ -203,8 +204,8 @@ def _streams(
         drifted.update(seen[1])
         x, y = (rows.reshape(-1, rows.shape[-1]).float() for rows in seen)
         count += len(x)
-        cross = cross + (x.T @ y).double()
-        mean = mean + x.sum(0).double()
+        cross = cross + widened(x.T @ y)
+        mean = mean + widened(x.sum(0))
         on_step()
     assert drifted is not None, "there is at least one batch"
     return Streams(cross / count, mean / count, drifted.moments())
@@ -231,5 +232,5 @@ def _corrected(
         if b is not None:
             module.bias.copy_(b)
         return module  # type: ignore[no-any-return]
-    module = factorized_module(factors._replace(bias=b), option.form, linear.weight.dtype)
+    module = factorized_module(factors._replace(bias=b), option.form, linear.weight)
     return module.requires_grad_(linear.weight.requires_grad)

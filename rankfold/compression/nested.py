@@ -58,8 +58,8 @@ def nest(model: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments
             raise
         full = min(W.shape)
         bias = None if linear.bias is None else linear.bias.detach()
-        dtype = linear.weight.dtype
-        module = LowRankLinear.from_factors(ordered.up.to(dtype), ordered.down.to(dtype), bias)
+        like = linear.weight
+        module = LowRankLinear.from_factors(ordered.up.to(like), ordered.down.to(like), bias)
         model.set_submodule(site.name, module.requires_grad_(linear.weight.requires_grad))
         ranks = sorted({round(step * full / (TABLE - 1)) for step in range(TABLE)})
         tables[site.name] = {

@@ -175,7 +175,7 @@ def factorize_site(
         if journal is not None:
             journal[_key(name, option, method)] = known
     factors: Factors = known
-    module = factorized_module(factors, option.form, linear.weight.dtype)
+    module = factorized_module(factors, option.form, linear.weight)
     return module.requires_grad_(linear.weight.requires_grad)
 
 

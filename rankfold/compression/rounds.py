@@ -207,7 +207,7 @@ def _carry_out(
             found = take(name)
             shrinkages.append(found.shrinkage)
             factors = found.truncate(*matrix_of(linear), option.ranks[0])
-            module = factorized_module(factors, option.form, linear.weight.dtype)
+            module = factorized_module(factors, option.form, linear.weight)
             model.set_submodule(name, shelf.hold(module.requires_grad_(linear.weight.requires_grad)))
         noted = replace(option, shrinkage=max(shrinkages)) if shrinkages else option
         options.extend(split_off(model, noted, unreached))

@@ -115,6 +115,8 @@ def now(device: torch.device) -> float:
     """Seconds on a clock, once the device has done what it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
     return time.perf_counter()
 
 

@@ -13,6 +13,7 @@ from rankfold.circumstances import Circumstances
 from rankfold.cost import parameter_count
 from rankfold.factorization.factors import check_finite
 from rankfold.modules import linear_at
+from rankfold.precision import widened
 from rankfold.progress import Step, no_step
 from rankfold.record import Record
 from rankfold.sites import Site
@@ -96,6 +97,6 @@ def inspect_sites(model: Any, sites: Sequence[Site], on_step: Step = no_step) ->
 
 def _spectrum(weight: torch.Tensor) -> tuple[float, ...]:
     check_finite(weight)
-    W = weight.double()
+    W = widened(weight)
     gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
     return tuple(torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0).tolist())

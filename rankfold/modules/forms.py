@@ -112,8 +112,8 @@ def form_at(name: str) -> Form:
     return FORMS[name]
 
 
-def factorized_module(factors: Factors, form: str = "low_rank", dtype: torch.dtype | None = None) -> FactorizedLinear:
-    """The module that holds these factors, in a form and dtype.
+def factorized_module(factors: Factors, form: str = "low_rank", like: torch.Tensor | None = None) -> FactorizedLinear:
+    """The module that holds these factors in a form, with the dtype and on the device of another tensor.
 
     Raises:
         ValueError: If the form is unknown, or cannot be made from such factors.
@@ -122,7 +122,8 @@ def factorized_module(factors: Factors, form: str = "low_rank", dtype: torch.dty
     found = "two factors" if factors.core is None else "core"
     if entry.make is None or entry.takes != found:
         raise InputError(f"The form {form!r} cannot be made from {found}: use {' or '.join(forms_for(found))}.")
-    return entry.make(factors, dtype or factors.up.dtype)
+    like = factors.up if like is None else like
+    return entry.make(factors, like.dtype).to(like.device)
 
 
 def stored_parameters(form: str, out_features: int, in_features: int, ranks: tuple[int, ...], bias: bool) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import InputError
 from rankfold.modules.linear_stack import LinearStack
+from rankfold.precision import float64_device
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -35,10 +36,10 @@ def stored_matrix(linear: Any) -> Tensor:
 
 
 def matrix_of(linear: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (out, in) and bias of a linear layer to compute with: 16-bit numbers in float32."""
+    """Weight (out, in) and bias of a linear layer in float32 at least, on a device that has float64."""
     weight, bias = stored_matrix(linear).detach(), linear.bias
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(dtype), None if bias is None else bias.detach().to(dtype)
+    place, dtype = float64_device(weight.device), torch.promote_types(weight.dtype, torch.float32)
+    return weight.to(place).to(dtype), None if bias is None else bias.detach().to(place).to(dtype)
 
 
 def set_matrix(linear: Any, matrix: Tensor) -> None:

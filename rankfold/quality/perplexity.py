@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.errors import InputError
+from rankfold.precision import widened
 from rankfold.progress import Step, no_step
 from rankfold.sites import listens, text_arguments
 
@@ -78,7 +79,7 @@ def next_token_quality(
         ids = batch.to(device)
         logits = _logits(model, ids, number)
         loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        rows = [loss.double().mean(1)]
+        rows = [widened(loss).mean(1)]
         if dense is not None:
             reference = _logits(dense, ids, number)
             rows += _distance(logits, reference)
@@ -110,6 +111,6 @@ def _logits(model: Any, ids: Int[Tensor, "batch length"], number: int) -> Float[
 def _distance(logits: Tensor, reference: Tensor) -> list[Tensor]:
     """Divergence from the reference and agreement with its first choice, by window."""
     expected = reference.log_softmax(-1)
-    kl = (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1).double().mean(1)
-    agreement = (logits.argmax(-1) == reference.argmax(-1)).double().mean(1)
-    return [kl, agreement]
+    kl = (expected.exp() * (expected - logits.log_softmax(-1))).sum(-1)
+    agreement = logits.argmax(-1) == reference.argmax(-1)
+    return [widened(kl).mean(1), widened(agreement).mean(1)]

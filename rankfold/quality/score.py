@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.errors import InputError
+from rankfold.precision import widened
 from rankfold.quality.classification import Labelled, right_answers
 from rankfold.quality.perplexity import next_token_quality
 
@@ -55,8 +56,8 @@ def masked_score(batches: Sequence[Mapping[str, Tensor]]) -> Scorer:
         for batch in batches:
             logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
             each = F.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none", ignore_index=-100)
-            asked = (batch["labels"] != -100).sum(1)
-            losses += (each.double().sum(1)[asked > 0] / asked[asked > 0]).tolist()
+            asked = widened((batch["labels"] != -100).sum(1))
+            losses += (widened(each).sum(1)[asked > 0] / asked[asked > 0]).tolist()
         if not losses or not all(map(math.isfinite, losses)):
             raise InputError("The masked-token loss must be finite, but the model gives NaN or infinity.")
         return Score("masked_loss", "nat/token", tuple(losses))

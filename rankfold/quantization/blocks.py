@@ -24,6 +24,7 @@ from rankfold.modules import (
     stored_matrix,
 )
 from rankfold.plan import Plan
+from rankfold.precision import float64_device, widened
 from rankfold.progress import Step, no_step
 
 
@@ -118,7 +119,7 @@ def _inputs(step: BlockStep, layers: Mapping[str, Any]) -> Iterator[tuple[str, M
         # An expert that no token of the first batch reached is rounded without regard to its inputs.
         leader = leaders.get(name)
         if leader is None:
-            identity = torch.eye(linear_shape(layer)[1], device=layer.weight.device)
+            identity = torch.eye(linear_shape(layer)[1], device=float64_device(layer.weight.device))
             yield name, Moments(0, torch.zeros_like(identity[0]), identity)
             continue
         if leader not in measured:
@@ -160,21 +161,21 @@ def _with_its_partner(
     if part != "down":
         return
     S = inputs.second.double()
-    target = owner.up.weight.double() @ layer.weight.double()
+    target = widened(owner.up.weight) @ widened(layer.weight)
     made = quantized(name, layer, inputs.second)
-    D = (layer.weight if made is None else made.dequantized()).double()
+    D = widened(layer.weight if made is None else made.dequantized())
     moment = D @ S @ D.T
     # A little damping keeps directions that no input reaches as they were.
     damped = moment + 1e-6 * moment.diagonal().mean() * torch.eye(len(D), dtype=D.dtype, device=D.device)
-    old = owner.up.weight.double()
+    old = widened(owner.up.weight)
     refitted = old + torch.linalg.solve(damped, ((target - old @ D) @ S @ D.T).T).T
     if layer.bias is not None:
         # `up` reads what `down` gives with its bias, as the pivots of a pivoted layer.
-        b = layer.bias.double()
-        owner.up.bias.data += ((old - refitted) @ b).to(owner.up.bias.dtype)
+        b = widened(layer.bias)
+        owner.up.bias.data += ((old - refitted) @ b).to(owner.up.bias)
         shift = torch.outer(D @ inputs.mean.double(), b)
         moment = moment + shift + shift.T + torch.outer(b, b)
-    owner.up.weight.data = refitted.to(owner.up.weight.dtype)
+    owner.up.weight.data = refitted.to(owner.up.weight.dtype).to(owner.up.weight.device)
     yield name, made
     yield f"{owner_path}.up", quantized(f"{owner_path}.up", owner.up, moment)
 
@@ -186,8 +187,9 @@ def _quantizing(entry: Quantizer, settings: Any) -> _Quantize:
 
     def quantized(name: str, layer: Any, second: Tensor) -> Any:
         weight = stored_matrix(layer)
+        weight = weight.to(float64_device(weight.device))
         try:
-            made = quantize(weight, layer.bias, second, settings)
+            made = quantize(weight, layer.bias, second, settings).to(layer.weight.device)
         except ValueError as error:
             error.args = (f"{name}: {error}",)
             raise

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from rankfold.errors import InputError
 from rankfold.modules import GroupEmbedding, GroupLinear, TiedHead, put_embeddings
+from rankfold.precision import float64_device
 from rankfold.progress import Step, no_step
 from rankfold.quantization.gptq import GPTQ, Groups, gptq, gptq_linear
 
@@ -77,9 +78,10 @@ class Embeddings(NamedTuple):
 
 def _rounded(weight: Tensor, second: Tensor, bits: int, bias: Tensor | None, dtype: torch.dtype) -> GroupLinear:
     """Many rows in few bits, a share of them at a time."""
-    parts = [gptq(rows, second, bits, GROUP) for rows in torch.split(weight, ROWS)]
+    place = float64_device(weight.device)
+    parts = [gptq(rows.to(place), second.to(place), bits, GROUP) for rows in torch.split(weight, ROWS)]
     levels = type(parts[0])(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    return gptq_linear(levels, Groups(bits, GROUP), bias, dtype)
+    return gptq_linear(levels, Groups(bits, GROUP), bias, dtype).to(weight.device)
 
 
 def find_embeddings(model: Any) -> Embeddings:

@@ -367,7 +367,7 @@ def _carried_out(  # noqa: PLR0913, PLR0917
                 aim = read if streams is None else drift * streams.mean + (1 - drift) * streams.drifted.mean
             bias = bias + (W.double() @ aim - matrix.double() @ read).to(bias.dtype)
             _set_bias(layer, bias.to(linear.weight.dtype))
-        return shelf.hold(layer)
+        return shelf.hold(layer.to(linear.weight.device))
 
     made = fit_along(model, sites, batches, dense, place, on_step=on_step) if drift else set()
     rest = [site for site in sites if site.name not in made and option_of[site.name].changes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankfold import Plan, allocate, factorize, find_sites
-from rankfold.checkpoint import export_dense, load_model, load_tokenizer, save
+from rankfold.checkpoint import chosen_device, export_dense, load_model, load_tokenizer, save
 from rankfold.compression import factorize_blocks
 from rankfold.modules import LowRankLinear
 from rankfold.plan import PLAN_VERSION
@@ -148,6 +149,29 @@ def test_a_device_that_is_not_there_is_an_error(folder: Path) -> None:
         pytest.skip("there is a CUDA device")
     with pytest.raises(ValueError, match="cuda:0 was asked for, but torch .* sees no CUDA device"):
         load_model(folder, device="cuda:0")
+
+
+def test_more_layers_than_weights_are_refused_before_they_are_built(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match="speaks of 1,000,000,000 layers, but the weights are"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(("present", "chosen"), [(("cuda", "mps"), "cuda"), (("mps",), "mps"), ((), "cpu")])
+def test_auto_is_the_best_device_there_is(
+    present: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind, backend in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        monkeypatch.setattr(backend, "is_available", lambda kind=kind: kind in present)
+    assert chosen_device("auto") == chosen
+
+
+def test_mps_is_refused_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="mps was asked for, but torch .* sees no MPS device"):
+        chosen_device("mps")
 
 
 def test_exporting_a_dense_model_is_an_error(tmp_path: Path) -> None:

@@ -340,7 +340,7 @@ def test_inspect_prints_and_draws(tmp_path: Path) -> None:
         (["measure", MODEL, "--labels", "BROKEN"], "line 1: each line must be one JSON object"),
         (["measure", MODEL, "--labels", "LABELS", "--no-latency"], "labelled rows are for sequence classifiers"),
         (["measure", MODEL, "--text", "HALF"], "text must be valid Unicode"),
-        (["compress", MODEL, "OUT", "--device", "abacus"], "A device must be auto, cpu, cuda"),
+        (["compress", MODEL, "OUT", "--device", "abacus"], "A device must be auto, cpu, cuda, cuda:1 or mps"),
         (["inspect", MODEL, "--plot", "OUT/x.png"], "does not exist. Make it first"),
         (["inspect", MODEL, "--plot", "x.jpg"], "must be named .png, .svg or .pdf"),
         (["measure", MODEL, "--text", "EMPTY"], "must hold text"),

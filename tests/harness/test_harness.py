@@ -320,3 +320,13 @@ def test_more_examples_than_there_are_is_one_message(bundled: Path, tmp_path: Pa
 def test_a_hub_out_of_reach_is_one_message(bundled: Path) -> None:
     with pytest.raises(ValueError, match="arc_easy: (its data set cannot be reached|the harness cannot ask)"):
         ask({"model": load_model(bundled)}, load_tokenizer(bundled), "arc_easy", limit=1)
+
+
+def test_an_answer_longer_than_what_the_model_reads_is_one_message(bundled: Path, tmp_path: Path) -> None:
+    model = load_model(bundled)
+    answer = " and".join(f" {number}" for number in range(model.config.max_position_embeddings))
+    row = {**ARC, "id": "1", "choices": {"text": [answer, "b"], "label": ["A", "B"]}}
+    (tmp_path / "arc_easy.test.jsonl").write_text(json.dumps(row))
+    (tmp_path / "arc_easy.train.jsonl").write_text(json.dumps({**ARC, "id": "2"}))
+    with pytest.raises(ValueError, match="arc_easy: the harness cannot ask.*room for the longest answer"):
+        ask({"model": model}, load_tokenizer(bundled), "arc_easy", folder=tmp_path)
