@@ -31,6 +31,9 @@ from rankfold.progress import Step, no_step
 from rankfold.shelf import Shelf, give_back
 from rankfold.sites import Site
 
+LARGEST = 32_768
+"""Outputs above which of the gradients' moment only the diagonal is measured: the whole would take 8 GiB and more."""
+
 _CHUNK = 1024
 """Rows multiplied in float32 before their sum joins the float64 total: rounding stays that of one chunk."""
 
@@ -82,12 +85,7 @@ class MomentAccumulator:
             ValueError: If a value was NaN or infinite.
         """
         count = max(self.count, 1)
-        second = self._second.div_(count)
-        if not bool(torch.isfinite(second).all()):
-            raise InputError(
-                "The values and gradients that flow through this layer must be finite, but some are NaN or infinite. "
-                "Check that the weights are finite, and load a float16 model with `dtype` bfloat16 or float32."
-            )
+        second = check_moment(self._second.div_(count))
         third = self._third / count
         return Moments(self.count, self._sum / count, second, float(self._fourth) / count, third, self._spread(second))
 
@@ -99,6 +97,45 @@ class MomentAccumulator:
         own = float(self._squares) * (number / self.count) ** 2
         whole = float(second.square().sum() - second.diagonal().square().sum())
         return max(0.0, own - number * whole) / (number * (number - 1))
+
+
+class DiagonalAccumulator:
+    """Streaming second moment of each entry of vectors by itself, of which nothing else is asked."""
+
+    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+        """An accumulator of vectors of `size` numbers of a device; sums lie where float64 is to be had."""
+        self.count = 0
+        self._squares = torch.zeros(size, dtype=torch.float64, device=float64_device(device))
+
+    def update(self, x: Float[Tensor, "*batch size"]) -> None:
+        """Take in every vector along the last axis."""
+        for chunk in torch.split(x.detach().reshape(-1, x.shape[-1]), _CHUNK):
+            self.count += len(chunk)
+            squares = chunk.float().square().sum(0, dtype=widest(chunk.device))
+            self._squares += squares.to(self._squares.device)
+
+    def moments(self) -> Moments:
+        """The diagonal of the second moment over everything taken in.
+
+        Raises:
+            ValueError: If a value was NaN or infinite.
+        """
+        second = check_moment(self._squares / max(self.count, 1))
+        return Moments(self.count, torch.zeros_like(second), second)
+
+
+def check_moment(second: Tensor) -> Tensor:
+    """A moment of finite numbers.
+
+    Raises:
+        ValueError: If a value was NaN or infinite.
+    """
+    if not bool(torch.isfinite(second).all()):
+        raise InputError(
+            "The values and gradients that flow through this layer must be finite, but some are NaN or infinite. "
+            "Check that the weights are finite, and load a float16 model with `dtype` bfloat16 or float32."
+        )
+    return second
 
 
 class BlockMoments(NamedTuple):
@@ -284,7 +321,7 @@ class _Observer:
         self._gradients = gradients
         self._tokens = tokens
         self._groups: dict[str, list[Site]] = {}
-        self._accumulators: dict[tuple[str, str], MomentAccumulator] = {}
+        self._accumulators: dict[tuple[str, str], MomentAccumulator | DiagonalAccumulator] = {}
         for site in sites:
             self._groups.setdefault(site.reads, []).append(site)
 
@@ -303,11 +340,12 @@ class _Observer:
                     handles.callback(self._watch_gradient(linear_at(model, site.name), site).remove)
             yield
 
-    def _accumulator(self, site: Site, what: str, size: int, linear: Any) -> MomentAccumulator:
+    def _accumulator(self, site: Site, what: str, size: int, linear: Any) -> MomentAccumulator | DiagonalAccumulator:
         if (what, site.name) not in self._accumulators:
             # A layer in few bits has no parameters, only buffers.
             device = next(itertools.chain(linear.parameters(), linear.buffers())).device
-            self._accumulators[what, site.name] = MomentAccumulator(size, device)
+            kind = DiagonalAccumulator if what == "gradients" and size > LARGEST else MomentAccumulator
+            self._accumulators[what, site.name] = kind(size, device)
         return self._accumulators[what, site.name]
 
     def _watch(self, linear: Any, site: Site, output: bool) -> Any:

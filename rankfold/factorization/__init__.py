@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from rankfold.factorization.factors import Factors, Moments, SiteMoments
+from rankfold.factorization.factors import Factors, Moments, SiteMoments, weighed
 from rankfold.factorization.feature_mimicking import feature_mimicking, whitened_svd
 from rankfold.factorization.joint import STACK_METHODS, JointFactors
 from rankfold.factorization.kfac import Ordered, kfac, ordered_kfac, predicted_loss, shrunk
@@ -70,5 +70,6 @@ __all__ = [
     "truncated_svd",
     "tucker_matrix",
     "tucker_stack",
+    "weighed",
     "whitened_svd",
 ]

@@ -17,8 +17,8 @@ class Moments(NamedTuple):
     vectors: int
     """Number of vectors seen."""
     mean: Float[Tensor, " size"]
-    second: Float[Tensor, "size size"]
-    """`E[x x^T]`, not centred."""
+    second: Float[Tensor, "size size"] | Float[Tensor, " size"]
+    """`E[x x^T]`, not centred; of gradients at very many outputs its diagonal alone."""
     fourth: float | int = 0
     """`E[|x|^4]`: how far single vectors lie from the moment, from which its sampling error is estimated."""
     third: Float[Tensor, " size"] | None = None
@@ -30,15 +30,17 @@ class Moments(NamedTuple):
     @property
     def noise(self) -> float:
         """Share of the entries off the diagonal that is sampling error, 0 to 1 (Ledoit and Wolf 2004)."""
-        off = float(self.second.square().sum() - self.second.diagonal().square().sum())
-        if self.spread is None or off <= 0:
+        if self.spread is None:
             return 0.0
-        return min(1.0, self.spread / off)
+        off = float(self.second.square().sum() - self.second.diagonal().square().sum())
+        return min(1.0, self.spread / off) if off > 0 else 0.0
 
     @property
-    def trusted(self) -> Float[Tensor, "size size"]:
+    def trusted(self) -> Tensor:
         """The second moment, drawn towards its diagonal by the share of it that is sampling error."""
         share = self.noise
+        if share == 0:
+            return self.second
         return (1 - share) * self.second + share * torch.diag(self.second.diagonal())
 
     @property
@@ -54,6 +56,13 @@ class Moments(NamedTuple):
         fourth += 2 * square * float(self.second.diagonal().sum()) - 3 * square**2
         fourth = fourth if self.third is not None else 0
         return Moments(self.vectors, torch.zeros_like(mu), self.covariance, fourth, spread=self.spread)
+
+
+def weighed(
+    second: Float[Tensor, "size size"] | Float[Tensor, " size"], matrix: Float[Tensor, "size columns"]
+) -> Float[Tensor, "size columns"]:
+    """`second @ matrix`, where of `second` the diagonal may be all that is known."""
+    return second[:, None] * matrix if second.ndim == 1 else second @ matrix
 
 
 class SiteMoments(NamedTuple):

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rankfold.errors import InputError
-from rankfold.factorization.factors import Factors, Moments, SiteMoments, check_finite, check_rank
+from rankfold.factorization.factors import Factors, Moments, SiteMoments, check_finite, check_rank, weighed
 
 FLOOR = 1e-8
 """Least share of the mean eigenvalue that is added to a moment before it is inverted."""
@@ -101,6 +101,11 @@ def ordered_kfac(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | 
     centred = bias is not None
     inputs = moments.inputs.centred() if centred else moments.inputs
     S, G = inputs.second.to(W.device), moments.gradients.second.to(W.device)
+    if W.shape[0] <= W.shape[1] and G.ndim == 1:
+        raise InputError(
+            f"Of gradients at {len(G):,} outputs only the diagonal of the moment is measured, which serves a matrix "
+            f"with more rows than columns, but this one has the shape {tuple(W.shape)}. Leave it out of `sites`."
+        )
     if W.shape[0] <= W.shape[1]:
         G, shrinkage = shrunk(moments.gradients, W.device)
         L, inverse = _root_and_inverse(G)
@@ -110,11 +115,13 @@ def ordered_kfac(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | 
     else:
         S, shrinkage = shrunk(inputs, W.device)
         R, inverse = _root_and_inverse(S)
-        squares, V = _descending(R.T @ (W.T @ G @ W) @ R)
+        squares, V = _descending(R.T @ (W.T @ weighed(G, W)) @ R)
         up, down = W @ (R @ V), V.T @ inverse
         # Directions that the loss does not see have no reader: nothing is projected onto them.
         safe = squares > FLOOR * squares[:1].clamp(min=torch.finfo(squares.dtype).tiny)
-        reader = torch.where(safe, 1 / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)[:, None] * (up.T @ G)
+        reader = (
+            torch.where(safe, 1 / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)[:, None] * weighed(G, up).T
+        )
     mean = moments.inputs.mean.to(W.device) if centred else None
     # Exact for what was measured: the shrunk moment chooses the directions, the measured ones say what they cost.
     S, G = inputs.second.to(W.device), moments.gradients.second.to(W.device)
@@ -127,10 +134,10 @@ def _errors(
     up: Float[Tensor, "out full"],
     down: Float[Tensor, "full in"],
     S: Float[Tensor, "in in"],
-    G: Float[Tensor, "out out"],
+    G: Float[Tensor, "out out"] | Float[Tensor, " out"],
 ) -> Float[Tensor, " full_plus_one"]:
     """`tr(G D S D^T)` for the error `D` of every rank, from the last one backwards, never rising with the rank."""
-    A, B = up.T @ G @ up, down @ S @ down.T
+    A, B = up.T @ weighed(G, up), down @ S @ down.T
     # D = sum of the dropped terms, so the error at rank r is the sum of A * B over rows and columns from r on.
     corner = (A * B).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     errors = torch.cat([corner, corner.new_zeros(1)]).clamp(min=0)
@@ -148,7 +155,7 @@ def predicted_loss(
     assert moments.gradients is not None, "predicted losses need moments of the gradients"
     D = other.double() - weight.double()
     S = moments.inputs.covariance if centred else moments.inputs.second
-    return 0.5 * moments.share * float(((moments.gradients.second.to(D.device) @ D) * (D @ S.to(D.device))).sum())
+    return 0.5 * moments.share * float((weighed(moments.gradients.second.to(D.device), D) * (D @ S.to(D.device))).sum())
 
 
 def shrunk(moments: Moments, device: torch.device) -> tuple[Float[Tensor, "size size"], float]:

@@ -72,7 +72,7 @@ def gptq(
     second: Float[Tensor, "in in"],
     bits: int,
     group: int = 64,
-    outputs: Float[Tensor, "out out"] | None = None,
+    outputs: Float[Tensor, "out out"] | Float[Tensor, " out"] | None = None,
 ) -> Levels:
     """A matrix in few bits that changes the layer's outputs little (Frantar et al. 2022, arXiv:2210.17323).
 
@@ -87,7 +87,7 @@ def gptq(
         second: Second moment of the layer's inputs, `E[x x^T]`.
         bits: Bits of a weight.
         group: Weights of a row that share a scale; 0 for a whole row with zero in its middle, -1 for all rows.
-        outputs: Second moment of the gradients, `E[g g^T]`.
+        outputs: Second moment of the gradients, `E[g g^T]`; its diagonal does not change how a row is rounded.
 
     Raises:
         ValueError: If a weight or a moment is not finite.
@@ -101,7 +101,7 @@ def gptq_widths(
     second: Float[Tensor, "in in"],
     widths: Sequence[int],
     group: int = 64,
-    outputs: Float[Tensor, "out out"] | None = None,
+    outputs: Float[Tensor, "out out"] | Float[Tensor, " out"] | None = None,
 ) -> dict[int, Levels]:
     """The same in several widths at once, which costs little more than in one.
 
@@ -114,6 +114,9 @@ def gptq_widths(
                 "Weights and moments must be finite to be quantized, but some are NaN or infinite: the checkpoint is "
                 "damaged, or its activations overflow. Take another, or load a float16 model with `dtype` bfloat16."
             )
+    if outputs is not None and outputs.ndim == 1:
+        # Rows whose gradients do not know each other have nothing to compensate in each other.
+        outputs = None
     W = weight.float()
     rows, columns = W.shape
     across = second.diagonal().argsort(descending=True).to(W.device)

@@ -17,7 +17,7 @@ from rankfold.allocation import MULTIPLE, WidthLosses
 from rankfold.calibration import Loss, Statistics, calibrate_blocks, is_reached
 from rankfold.compression import Streams, finish, fit_along
 from rankfold.errors import InputError
-from rankfold.factorization import SiteMoments, ordered_kfac, predicted_loss
+from rankfold.factorization import SiteMoments, ordered_kfac, predicted_loss, weighed
 from rankfold.journal import Journal
 from rankfold.modules import (
     WHOLE_MATRIX,
@@ -99,15 +99,18 @@ def _trusting(moments: SiteMoments, centred: bool) -> SiteMoments:
 class _Tails:
     """Loss that is left of an error after its best compensation of every rank."""
 
-    def __init__(self, S: Float[Tensor, "in in"], G: Float[Tensor, "out out"], scale: float) -> None:
+    def __init__(
+        self, S: Float[Tensor, "in in"], G: Float[Tensor, "out out"] | Float[Tensor, " out"], scale: float
+    ) -> None:
         self.S, self.G, self.scale = S.double(), G.double(), scale
-        smaller = self.G if len(G) <= len(S) else self.S
+        self.of_outputs = len(G) <= len(S) and G.ndim == 2
+        smaller = self.G if self.of_outputs else self.S
         values, vectors = torch.linalg.eigh(smaller)
         self.root = vectors * values.clamp(min=0).sqrt()
 
     def __call__(self, error: Float[Tensor, "out in"]) -> Any:
         D = error.double()
-        inner = D @ self.S @ D.T if len(self.G) <= len(self.S) else D.T @ self.G @ D
+        inner = D @ self.S @ D.T if self.of_outputs else D.T @ weighed(self.G, D)
         values = torch.linalg.eigvalsh(self.root.T @ inner @ self.root).clamp(min=0)
         # Sums of the smallest, so that the first is the whole and the last nothing.
         left = torch.cat([values.new_zeros(1), values.cumsum(0)]).flip(0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 
+import rankfold
 from rankfold import calibrate, find_sites
 from rankfold.calibration import IGNORED, masked_batches, summed_loss
 
@@ -109,3 +111,34 @@ def test_infinite_gradients_are_an_error_with_the_site() -> None:
 
     with pytest.raises(ValueError, match=r"layers\.\d.*gradients: .* must be finite"):
         calibrate(model, find_sites(model).select(), [tiny.inputs(model)], loss=exploding)
+
+
+def test_of_very_many_outputs_the_diagonal_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama")
+    batches = [tiny.inputs(model) for _ in range(2)]
+    sites = find_sites(model).select(["lm_head"])
+    loss = summed_loss(model)
+    whole = calibrate(model, sites, batches, loss=loss)["lm_head"].gradients
+    monkeypatch.setattr(rankfold.calibration.moments, "LARGEST", 100)
+    diagonal = calibrate(model, sites, batches, loss=loss)["lm_head"].gradients
+    assert whole is not None
+    assert diagonal is not None
+    torch.testing.assert_close(diagonal.second, whole.second.diagonal())
+    assert diagonal.vectors == whole.vectors
+
+
+@pytest.mark.parametrize(
+    "budget", [{"keep": 0.9}, {"keep": 0.9, "effort": "best"}, {"bits": 4.5}, {"rank": 8}], ids=str
+)
+def test_a_head_of_very_many_outputs_is_compressed(
+    budget: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.build("llama").save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(rankfold.calibration.moments, "LARGEST", 100)
+    model, _ = rankfold.load(tmp_path / "dense")
+    ids = torch.randint(0, 128, (8, 16), generator=torch.Generator().manual_seed(0))
+    plan = rankfold.compress(model, text=ids, sites=["lm_head", "mlp.down_proj"], batch_size=2, **budget)
+    assert any("lm_head" in option.sites for option in plan.options)
+    rankfold.save(model, None, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(rankfold.load(tmp_path / "out")[0](ids).logits, model(ids).logits)

@@ -166,3 +166,25 @@ def test_the_pivoted_layer_gives_what_two_factors_give(bias: bool) -> None:
     if bias:
         torch.testing.assert_close(pivot.bias, two.bias)
     assert sum(p.numel() for p in two.parameters()) - sum(p.numel() for p in pivot.parameters()) == 7**2
+
+
+def test_the_diagonal_of_the_gradients_moment_may_be_all_that_is_known() -> None:
+    W, moments = site(24, 10)
+    assert moments.gradients is not None
+    diagonal = moments.gradients.second.diagonal()
+    whole = moments._replace(gradients=moments.gradients._replace(second=torch.diag(diagonal)))
+    alone = moments._replace(gradients=moments.gradients._replace(second=diagonal))
+    expected, found = ordered_kfac(W, None, whole), ordered_kfac(W, None, alone)
+    torch.testing.assert_close(found.losses, expected.losses)
+    torch.testing.assert_close(found.up[:, :4] @ found.down[:4], expected.up[:, :4] @ expected.down[:4])
+    torch.testing.assert_close(found.reader, expected.reader)
+    other = torch.zeros_like(W)
+    assert predicted_loss(W, other, alone) == pytest.approx(predicted_loss(W, other, whole))
+
+
+def test_a_diagonal_serves_more_rows_than_columns() -> None:
+    W, moments = site(10, 24)
+    assert moments.gradients is not None
+    alone = moments._replace(gradients=moments.gradients._replace(second=moments.gradients.second.diagonal()))
+    with pytest.raises(ValueError, match=r"serves a matrix with more rows than columns, but .* shape \(10, 24\)"):
+        ordered_kfac(W, None, alone)
