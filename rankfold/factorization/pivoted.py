@@ -48,8 +48,8 @@ def pivoted(up: Float[Tensor, "out rank"], down: Float[Tensor, "rank in"], dtype
     U, D = up.double(), down.double()
     Q, R = torch.linalg.qr(U)
     rank = U.shape[1]
-    permutation, L, _ = torch.linalg.lu(Q)
-    order = permutation.argmax(0)
+    L, exchanges = torch.linalg.lu_factor(Q)
+    order = _order(exchanges, len(U)).to(device)
     C = torch.linalg.solve_triangular(L[:rank], L[rank:], upper=False, left=False, unitriangular=True)
     order, C = _exchange(order, C)
     pivots, pivot_order = order[:rank].sort()
@@ -84,6 +84,14 @@ def _rounded(matrix: Float[Tensor, "a b"], H: Float[Tensor, "b b"], dtype: torch
 def _damped(H: Float[Tensor, "b b"]) -> Float[Tensor, "b b"]:
     scale = float(H.diagonal().mean())
     return H + (1e-12 * scale if scale > 0 else 1.0) * torch.eye(len(H), dtype=H.dtype, device=H.device)
+
+
+def _order(exchanges: Int[Tensor, " rank"], rows: int) -> Int[Tensor, " rows"]:
+    """The order of rows after LAPACK's exchanges, each of a row with a later one; counted from 1."""
+    order = list(range(rows))
+    for first, second in enumerate(exchanges.tolist()):
+        order[first], order[second - 1] = order[second - 1], order[first]
+    return torch.tensor(order)
 
 
 def _exchange(
