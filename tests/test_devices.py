@@ -140,6 +140,8 @@ def float64(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     [
         {"keep": 0.6, "method": "svd"},
         {"keep": 0.6, "method": "whitened"},
+        {"keep": 0.6, "method": "lord"},
+        {"keep": 0.6, "method": "tucker"},
         {"keep": 0.6},
         {"keep": 0.6, "effort": "best"},
         {"bits": 3.5, "sites": ["v_proj"]},

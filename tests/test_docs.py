@@ -61,7 +61,7 @@ def desk(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def briefly(*given: Any, **settings: Any) -> Any:
         return read_text(*given, **{**settings, "sequences": 4, "length": 32})
 
-    monkeypatch.setattr("rankfold.pipeline.run.read_text", briefly)
+    monkeypatch.setattr("rankfold.pipeline.front_door.read_text", briefly)
     return tmp_path
 
 

@@ -66,8 +66,8 @@ def compress(
     embeddings: Annotated[
         int | None,
         typer.Option(
-            help="Bits of the embeddings and the head, 2 to 8, or 16 to leave them (default: --bytes chooses, where "
-            "it may be spent on bits; otherwise 16).",
+            help="Bits of the embeddings and the head, 2 to 8, or 16 to leave them (default: --bytes and "
+            "--max-loss-increase choose, where they may be spent on bits; otherwise 16).",
             rich_help_panel="Budget",
         ),
     ] = None,

@@ -75,7 +75,7 @@ class Settings:
     labels: str | None = None
     """`text` or `sampled` (`rankfold.calibration.LABELS`); without it those of the text where it holds them."""
     embeddings: int | None = None
-    """Bits of the embeddings and the head: 2 to 8, or 16 to leave them; without it what suits a budget of bytes."""
+    """Bits of the embeddings and the head: 2 to 8, or 16 to leave them; without it what suits bytes or a limit."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -162,17 +162,17 @@ class Settings:
         """
         if self.embeddings == UNTOUCHED:
             return ()
-        shares = "bits" in self.ways(budget) and budget.max_loss_increase is None
+        shares = "bits" in self.ways(budget)
         if self.embeddings is not None:
             if not shares:
                 raise InputError(
-                    "Embeddings in few bits go with a budget over bits: give `bits` or `bytes`, or allow bits. "
+                    "Embeddings in few bits go with a budget over bits: give `bits`, `bytes` or `max_loss_increase`. "
                     "Otherwise leave `embeddings` out."
                 )
             find_embeddings(model)
             return (self.embeddings,)
         # Only where the whole model is asked to be small, and what each width costs can be measured.
-        if not shares or budget.bytes is None:
+        if not shares or (budget.bytes is None and budget.max_loss_increase is None):
             return ()
         try:
             find_embeddings(model)

@@ -19,7 +19,8 @@ from rankfold.checkpoint import export_dense, load_model
 from rankfold.cost import memory_bytes, parameter_count
 from rankfold.errors import InputError
 from rankfold.modules import GroupEmbedding, GroupLinear, TiedHead, stored_embeddings
-from rankfold.quantization import Embeddings, embedding_widths, find_embeddings, put_in_bits
+from rankfold.pipeline.settings import UNTOUCHED
+from rankfold.quantization import EMBEDDING_BITS, Embeddings, embedding_widths, find_embeddings, put_in_bits
 
 
 def windows(model: Any, count: int = 8, length: int = 24) -> torch.Tensor:
@@ -31,7 +32,7 @@ def build(tied: bool) -> Any:
 
 
 def compressed(model: Any, **settings: Any) -> Any:
-    return rankfold.compress(model, text=windows(model), batch_size=4, **settings)
+    return rankfold.compress(model, **{"text": windows(model), "batch_size": 4, **settings})
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
@@ -142,6 +143,26 @@ def test_a_budget_of_bytes_chooses_and_the_file_keeps_within_it(tmp_path: Path) 
     assert stored_embeddings(again) is None
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_limit_on_the_loss_is_shared_with_the_embeddings(tied: bool, tmp_path: Path) -> None:
+    dense, alone, model = build(tied), build(tied), build(tied)
+    text, limit = windows(dense, 40), 2e-3
+    layers = compressed(alone, text=text, max_loss_increase=limit, embeddings=UNTOUCHED)
+    plan = compressed(model, text=text, max_loss_increase=limit)
+    facts = plan.calibration["embeddings"]
+    assert facts["bits"] in EMBEDDING_BITS
+    assert facts["tied"] is tied
+    assert "embeddings" not in layers.calibration
+    assert memory_bytes(model) < memory_bytes(alone)
+    with torch.no_grad():
+        before, after = (float(m.eval()(input_ids=text[32:], labels=text[32:]).loss) for m in (dense, model))
+    assert after - before <= limit
+    assert plan.calibration["measured_increase"] == pytest.approx(after - before, abs=2e-5)
+    rankfold.save(model, None, tmp_path / "small")
+    with torch.no_grad():
+        torch.testing.assert_close(rankfold.load(tmp_path / "small")[0](text[:2]).logits, model(text[:2]).logits)
+
+
 def test_more_bits_move_predictions_less_and_nothing_stays_behind() -> None:
     model = build(tied=True)
     ids = windows(model)
@@ -188,8 +209,6 @@ def test_what_cannot_be_rounded_is_refused_before_any_work() -> None:
         compressed(model, bits=4, embeddings=9)
     with pytest.raises(InputError, match="go with a budget over bits"):
         compressed(model, keep=0.8, embeddings=4)
-    with pytest.raises(InputError, match="go with a budget over bits"):
-        compressed(model, max_loss_increase=0.1, embeddings=4)
     with pytest.raises(InputError, match="causal language models"):
         find_embeddings(tiny.build("bert_masked"))
     with pytest.raises(InputError, match="causal language models"):
