@@ -25,10 +25,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "experiments"))
+from results import asked_afresh
+
 from rankfold.calibration import load_corpus, random_windows, token_stream
 from rankfold.circumstances import circumstances
 
-ROOT = Path(__file__).parent.parent
 SEQUENCES, LENGTH, KEEP = 8, 512, 0.8
 
 
@@ -136,6 +139,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--naive", nargs=2, type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "compress_cost.jsonl")
+    # It measures anew in any case.
+    asked_afresh()
     arguments = parser.parse_args()
     if arguments.naive:
         naive(*arguments.naive)

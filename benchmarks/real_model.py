@@ -3,8 +3,9 @@
     python benchmarks/real_model.py MODEL --calibration TEXT --text TEXT
 
 MODEL is a folder, a GGUF file or a name on the hub. Rows: dense; INT8 and 4 bits (NF4) by bitsandbytes through
-`rankfold quantize`; SVD-LLM's method (`whitened`) and the default engine at keep 0.8. All models are then measured in
-one `rankfold.measure`, their timings interleaved. Results: benchmarks/results/real_model.jsonl.
+`rankfold quantize`; one budget over bits and ranks at the bytes of the 4-bit row; SVD-LLM's method (`whitened`) and the
+default engine at keep 0.8. All models are then measured in one `rankfold.measure`, their timings interleaved. Results:
+benchmarks/results/real_model.jsonl.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +30,31 @@ from rankfold.quantization import quantize_by_library
 KEEP, SEQUENCES, LENGTH, WINDOWS = 0.8, 32, 512, 64
 
 
+FOUR_BITS = "4 bits (NF4)"
+
+
 def compressed(folder: Path, text: str, **choices: Any) -> Any:
     """A model after the one call."""
     model, tokenizer = rankfold.load(folder)
-    rankfold.compress(model, tokenizer, keep=KEEP, text=text, sequences=SEQUENCES, length=LENGTH, **choices)
+    rankfold.compress(model, tokenizer, text=text, sequences=SEQUENCES, length=LENGTH, **choices)
     return model
 
 
-def rows(folder: Path, text: str) -> dict[str, Callable[[], Any]]:
-    """How each row is made."""
+def stored(folder: Path) -> int:
+    """Bytes of a checkpoint's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def rows(folder: Path, text: str, folders: Mapping[str, Path]) -> dict[str, Callable[[], Any]]:
+    """How each row is made, in this order."""
     return {
         "dense": lambda: rankfold.load(folder)[0],
         "INT8": lambda: quantize_by_library(folder, "int8")[0],
-        "4 bits (NF4)": lambda: quantize_by_library(folder, "nf4")[0],
-        "SVD-LLM (whitened), keep 0.8": lambda: compressed(folder, text, method="whitened"),
-        "rankfold, keep 0.8": lambda: compressed(folder, text),
+        FOUR_BITS: lambda: quantize_by_library(folder, "nf4")[0],
+        # A file's header is not part of a budget of bytes.
+        "rankfold, the same bytes": lambda: compressed(folder, text, bytes=stored(folders[FOUR_BITS]) - 200_000),
+        "SVD-LLM (whitened), keep 0.8": lambda: compressed(folder, text, keep=KEEP, method="whitened"),
+        "rankfold, keep 0.8": lambda: compressed(folder, text, keep=KEEP),
     }
 
 
@@ -65,9 +76,10 @@ def main() -> None:
         model, tokenizer = rankfold.load(arguments.model, dtype=torch.bfloat16)
         rankfold.save(model, tokenizer, folder)
         del model
-        folders = {row: Path(work) / f"row-{number}" for number, row in enumerate(rows(folder, ""))}
+        folders: dict[str, Path] = {}
         seconds = {}
-        for row, make in rows(folder, arguments.calibration).items():
+        for number, (row, make) in enumerate(rows(folder, arguments.calibration, folders).items()):
+            folders[row] = Path(work) / f"row-{number}"
             start = time.perf_counter()
             rankfold.save(make(), tokenizer, folders[row])
             seconds[row] = time.perf_counter() - start

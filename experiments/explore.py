@@ -69,7 +69,7 @@ def main() -> None:
     quiet()
     subject, results = Subject("pycode-llama"), Results("explore")
     bench = bench_of(subject)
-    context = {**subject.context, "trials": TRIALS, "space": f"{bench.space.size:.3g} points"}
+    context = subject.context.also(trials=TRIALS, space=f"{bench.space.size:.3g} points")
     results.measure(subject.name, "starting points alone", context, lambda: knapsack(bench))
     for seed in SEEDS:
         for strategy in ("tpe", "random-policies", "random"):

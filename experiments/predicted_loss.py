@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from results import asked_afresh
 
 from rankfold import Record, Sites, calibrate, find_sites
 from rankfold.calibration import (
@@ -69,6 +70,8 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", default="bundled:calibration")
     parser.add_argument("--labels", default="text")
+    # It measures anew in any case.
+    asked_afresh()
     arguments = parser.parse_args()
     model, sites, statistics, test, here = setting(arguments.model, arguments.text, arguments.labels)
     before = next_token_quality(model, test, batch_size=32).loss

@@ -13,6 +13,14 @@ def test_the_page_on_architecture_is_that_of_the_modules() -> None:
     assert (ROOT / "docs" / "architecture.md").read_text() == page()
 
 
+def test_what_makes_figures_can_be_asked_to_measure_anew() -> None:
+    from figures import MEASURE
+
+    for program in MEASURE:
+        code = (ROOT / program.command.split()[0]).read_text()
+        assert "Results(" in code or "asked_afresh()" in code or "lord import" in code, program.name
+
+
 def test_every_module_docstring_is_one_sentence() -> None:
     from architecture_page import modules
 
