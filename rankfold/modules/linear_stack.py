@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +18,31 @@ class LinearStack(nn.ModuleList):
     factorized, of any rank. The stock grouped kernels need one tensor, so the model must use its eager experts.
     """
 
+    dtype: torch.dtype = torch.get_default_dtype()
+    """Of the parameter, in which layers in few bits compute too."""
+
     @classmethod
     def from_parameter(cls, stacked: nn.Parameter) -> LinearStack:
         """One `nn.Linear` per slice; the slices stay views of the stacked parameter."""
-        return cls([_layer_around(nn.Parameter(matrix, stacked.requires_grad)) for matrix in stacked.detach()])
+        made = cls([_layer_around(nn.Parameter(matrix, stacked.requires_grad)) for matrix in stacked.detach()])
+        made.dtype = stacked.dtype
+        return made
 
     def __getitem__(self, index: int | Tensor) -> Tensor:  # type: ignore[override]
         """The weight of one layer."""
         layer = self._modules[str(operator.index(index) % len(self))]
         assert layer is not None
-        # A layer in few bits may have no parameter at all, and says its dtype itself.
-        like = next((part for part in layer.parameters() if part.is_floating_point()), None)
+        like: Tensor | None = next((part for part in layer.parameters() if part.is_floating_point()), None)
+        if like is None:
+            # A layer in few bits may have no parameter that says in which dtype it computes.
+            place = next(itertools.chain(layer.parameters(), layer.buffers())).device
+            like = torch.empty(0, dtype=self.dtype, device=place)
         return ModuleWeight(
-            _empty_like(layer) if like is None else like,
+            like,
             (layer.out_features, layer.in_features),  # type: ignore[arg-type]
             layer,
             lambda: layer.weight,  # type: ignore[arg-type, return-value]
         )  # type: ignore[return-value]
-
-
-def _empty_like(layer: nn.Module) -> Tensor:
-    """A tensor of the dtype and on the device of a layer that has no parameter, its weights being in few bits."""
-    few: Any = next(part for part in layer.modules() if hasattr(part, "dtype"))
-    return torch.empty(0, dtype=few.dtype, device=next(layer.buffers()).device)
 
 
 def _layer_around(weight: nn.Parameter) -> nn.Linear:

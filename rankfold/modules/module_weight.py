@@ -19,6 +19,9 @@ class ModuleWeight(torch.Tensor):
     any other operation computes the product first, differentiably.
     """
 
+    _is_hf_initialized = True
+    """What transformers calls a weight that it must not draw anew while loading, as GPTBigCode's `c_proj` is: drawn
+    anew are the factors, if anything."""
     _apply: Callable[[Tensor], Tensor]
     _matrix: Callable[[], Tensor]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from rankfold.checkpoint import ADAPTER, chosen_device, load_model, quantized_by
 from rankfold.errors import InputError
 from rankfold.modules import LowRankLinear, QuantizedLinear, Quantizer, keep_storage, linear_at, stored_matrix
 from rankfold.plan import Plan
+from rankfold.sites import example_ids, text_arguments
 
 TOLERANCE = {"int8": 0.05, "nf4": 0.2}
 """Relative error of a layer's outputs from which on the library is taken to have failed."""
@@ -25,12 +27,16 @@ MULTIPLE = 64
 """Ranks of 4-bit factors are filled up to a multiple of this: kernels on CPUs misread the scales of other rows."""
 
 
+_BROKEN = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+"""What models raise that do not run."""
+
+
 class Summary(NamedTuple):
     """What was done to which layers."""
 
     quantized: tuple[str, ...]
     left: tuple[str, ...]
-    """Layers that failed the test and stay as they were."""
+    """Layers that failed the test, or whose weights are read as numbers, and stay as they were."""
     padded: int
     """Numbers, all of them zeros, by which factors were filled up."""
 
@@ -72,6 +78,8 @@ def quantize_by_library(
             keep_storage(made)
             layers = _quantized_layers(made)
             wrong = [name for name, layer in layers.items() if not _passes(layer, dense.get_submodule(name), scheme)]
+            if not set(wrong) - set(failed):
+                wrong += _read_directly(made, dense, layers)
             if set(wrong) <= set(failed):
                 break
             failed += wrong
@@ -116,6 +124,33 @@ def _passes(layer: Any, dense: Any, scheme: str) -> bool:
     if layer.bias is not None:
         expected = expected + layer.bias.float().cpu()
     return float((found.float().cpu() - expected).norm()) <= TOLERANCE[scheme] * float(expected.norm())
+
+
+@torch.no_grad()
+def _read_directly(made: Any, dense: Any, layers: Mapping[str, nn.Module]) -> list[str]:
+    """The layers whose weights model code reads without calling them, as Mamba's, where that breaks the model.
+
+    Raises:
+        ValueError: If the model is broken by other layers.
+    """
+    called: set[str] = set()
+    with ExitStack() as stack:
+        for name in layers:
+            layer = dense.get_submodule(name)
+            stack.callback(layer.register_forward_hook(lambda *_, name=name: called.add(name)).remove)
+        try:
+            dense.eval()(**text_arguments(dense, example_ids(dense, next(dense.parameters()).device)))
+        except _BROKEN:
+            # It reads something else than text, and cannot be tried.
+            return []
+    try:
+        made.eval()(**text_arguments(made, example_ids(made, next(made.parameters()).device)))
+    except _BROKEN as error:
+        left = [name for name in layers if name not in called]
+        if not left:
+            raise InputError(f"{type(dense).__name__} does not run with its layers in few bits: {error}") from error
+        return left
+    return []
 
 
 def pad_ranks(model: Any, multiple: int) -> int:

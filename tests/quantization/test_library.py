@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,6 +60,25 @@ def test_factors_of_any_rank_are_right_saved_and_loaded(scheme: str, tolerance: 
     save(made, None, tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path / "out", device="cpu")(IDS).logits.float(), found)
+
+
+@pytest.mark.parametrize("form", ["low_rank", "dense"])
+@pytest.mark.parametrize("name", ["gpt_bigcode", "gpt2", "codegen", "mamba", "mixtral", "t5", "bert_masked"])
+def test_every_kind_of_model_bears_int8(name: str, form: str, tmp_path: Path) -> None:
+    """StarCoder draws some weights anew while it loads, Mamba reads others as numbers, experts lie in stacks."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'rankfold[quantization]'")
+    model = tiny.build(name)
+    if form == "low_rank":
+        factorize(model, allocate(find_sites(model).select(), rank=4, method="svd"))
+    save(model, None, tmp_path / "dense")
+    made, summary = quantize_by_library(tmp_path / "dense", "int8")
+    assert summary.quantized
+    save(made, None, tmp_path / "out")
+    inputs = tiny.inputs(model)
+    with torch.no_grad():
+        expected, found = model.eval()(**inputs)[0], made(**inputs)[0].float()
+        assert float((found - expected).norm() / expected.norm()) < 0.05
+        torch.testing.assert_close(load_model(tmp_path / "out")(**inputs)[0].float(), found)
 
 
 def test_layers_that_come_out_wrong_are_found_and_left(tmp_path: Path) -> None:
