@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from predicted_loss import setting
+from results import asked_afresh
 from torch import Tensor
 
 from rankfold import Site
@@ -172,6 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", default="bundled:calibration")
+    # It measures anew in any case.
+    asked_afresh()
     arguments = parser.parse_args()
     model, sites, statistics, test, here = setting(arguments.model, arguments.text)
     weights = {site.name: linear_at(model, site.name).weight.detach().double() for site in sites}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import asked_afresh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rankfold import allocate, find_sites
@@ -82,6 +83,8 @@ def codegen_rows() -> list[tuple[str, str, int, int, int]]:
 
 def main() -> None:
     """Compute both tables and write them."""
+    # They are computed anew in any case.
+    asked_afresh()
     records = []
     here = circumstances(device="meta")
     for rank, parameters in starcoder_sizes().items():
