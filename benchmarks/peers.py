@@ -52,7 +52,7 @@ def k_quant(source: Path, folder: Path, text: str, scheme: str, length: int) -> 
 
 def _of(folder: Path, model: Any) -> Any:
     """A model that bears the name of what it was made from, not of a folder that is gone."""
-    model.config._name_or_path = str(folder)
+    model.name_or_path = model.config._name_or_path = str(folder)
     return model
 
 
