@@ -202,8 +202,8 @@ def real_model() -> str:
     lines += [
         "",
         f"WikiText-2 test, {found['dense', 'loss'].context['tokens']:,} tokens scored; calibrated on {used['sequences']} x {used['length']} tokens of its "
-        f"validation text. One thread of a shared {facts['hardware']['cpu'].split(' @')[0]}, {made_with(records)}, seed 0: "
-        "`python benchmarks/real_model.py`. This file's weights once had 4 bits, which flatters 4-bit rows.",
+        f"validation text. One thread of a shared {facts['hardware']['cpu'].split(' @')[0]}, {made_with(records)}, seed 0 "
+        "(seconds include waiting for other work): `python benchmarks/real_model.py`. This file's weights once had 4 bits, which flatters 4-bit rows.",
     ]
     return "\n".join(lines)
 
