@@ -3,7 +3,7 @@
     python benchmarks/few_bits_speed.py
 
 A Llama of random weights with 2048 columns: speed does not depend on what the weights are. Rows: dense; all layers in
-4, 3 and 2 bits by PyTorch's kernel; 3 bits with a compensation of rank 32 in 8 bits; a low rank of 256 in 8 bits.
+8, 5, 4, 3 and 2 bits in groups of 64; 3 bits with a compensation of rank 32 in 8 bits; a low rank of 256 in 8 bits.
 Results: benchmarks/results/few_bits_speed.jsonl, each as a ratio to dense in the same rounds.
 """
 
@@ -52,6 +52,8 @@ def compensated(rows: int, columns: int) -> CompensatedLinear:
 
 
 ROWS: dict[str, Any] = {
+    "8 bits": lambda rows, columns: few(rows, columns, 8, 64),
+    "5 bits": lambda rows, columns: few(rows, columns, 5, 64),
     "4 bits": lambda rows, columns: few(rows, columns, 4, 64),
     "3 bits": lambda rows, columns: few(rows, columns, 3, 64),
     "2 bits": lambda rows, columns: few(rows, columns, 2, 64),

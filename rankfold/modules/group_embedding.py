@@ -48,12 +48,12 @@ class GroupEmbedding(GroupLinear):
         """The matrix, which a head may be called with as `F.linear(x, weight)`."""
         like = torch.empty(0, dtype=self.dtype, device=self.codes.device)
         shape = (self.out_features, self.in_features)
-        return ModuleWeight(like, shape, self.product, lambda: self.dequantized().to(self.dtype))
+        return ModuleWeight(like, shape, self.product, lambda: self.matrix(self.dtype))
 
     def forward(self, ids: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:  # type: ignore[override]
         """The rows of token ids."""
         if self.change is not None:
-            return F.embedding(ids, self.dequantized().to(self.dtype))
+            return F.embedding(ids, self.matrix(self.dtype))
         return self.rows(ids).to(self.dtype)
 
     def product(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch tokens"]:
@@ -73,7 +73,7 @@ class GroupEmbedding(GroupLinear):
     def to_dense(self) -> nn.Embedding:  # type: ignore[override]
         """An `nn.Embedding` with the same rows."""
         dense = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
-        dense.weight = nn.Parameter(self.dequantized().to(self.dtype))
+        dense.weight = nn.Parameter(self.matrix(self.dtype))
         return dense
 
     def extra_repr(self) -> str:

@@ -16,13 +16,16 @@ from rankfold.modules.spqr_linear import pack, unpack
 WHOLE_ROW, WHOLE_MATRIX = 0, -1
 """In place of the size of a group: one scale for each row, or for all, and no zero points."""
 
+IN_CACHE = 2**18
+"""Weights that are unpacked together: what is between their codes and the matrix stays in a core's cache."""
+
 
 class GroupLinear(QuantizedLinear):
     """`y = W x + b` with `W[i, j] = scale (code - zero)`, in as many bits as asked for.
 
     Scales are float16, kept as integers of the same bits so that no loader casts them. Zero points are levels, in the
-    bits of the codes. On CPUs groups of 32, 64, 128 and 256 in up to 4 bits, and whole rows in 8 bits, are multiplied
-    as they are stored, by PyTorch's kernels.
+    bits of the codes. On CPUs groups of 32, 64, 128 and 256, and whole rows in 8 bits, are multiplied as codes, by
+    PyTorch's kernels, where there are few vectors.
 
     >>> layer = GroupLinear(64, 16, None, bias=False, settings={"bits": 3, "group": 32})
     >>> layer(torch.ones(2, 64)).shape, layer.bits_per_weight
@@ -81,14 +84,14 @@ class GroupLinear(QuantizedLinear):
             layer.bias = nn.Parameter(bias.detach().to(dtype))
         return layer
 
-    def levels(self) -> Integer[Tensor, "out in"]:
-        """The code of every weight, from 0."""
+    def levels(self, rows: slice = slice(None)) -> Integer[Tensor, "rows in"]:
+        """The code of every weight of some rows, from 0; the first of them a multiple of 8."""
         levels = self.__dict__.get("_levels")
-        if levels is None:
-            levels = unpack(self.codes, self.out_features * self.in_features).reshape(self.out_features, -1)
-            if self.change is not None:
-                self.__dict__["_levels"] = levels
-        return levels
+        if levels is not None:
+            return levels[rows]  # type: ignore[no-any-return]
+        first, last, _ = rows.indices(self.out_features)
+        start, stop = first * self.in_features // 8, -(-last * self.in_features // 8)
+        return unpack(self.codes[:, start:stop], (last - first) * self.in_features).reshape(last - first, -1)
 
     def statistics(self) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "out groups"] | float]:
         """Scales and zero points, in float32."""
@@ -101,21 +104,40 @@ class GroupLinear(QuantizedLinear):
 
     def dequantized(self) -> Float[Tensor, "out in"]:
         """The matrix, in float32."""
+        return self.matrix(torch.float32)
+
+    def matrix(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The matrix, rounded to a dtype; in float32 no more than a few rows lie in memory."""
         scales, zeros = self.statistics()
-        if isinstance(zeros, float):
-            return (self.levels().float() - zeros) * scales
-        scales, zeros = (p.repeat_interleave(self.group, 1)[:, : self.in_features] for p in (scales, zeros))
-        return (self.levels().float() - zeros) * scales
+        scales = scales.expand(self.out_features, self.groups)
+        if self.change is not None:
+            return self._scaled(slice(None), scales, zeros).to(dtype)
+        W = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device)
+        step = max(8, IN_CACHE // self.in_features // 8 * 8)
+        for first in range(0, self.out_features, step):
+            rows = slice(first, min(first + step, self.out_features))
+            W[rows] = self._scaled(rows, scales, zeros)
+        return W
+
+    def _scaled(self, rows: slice, scales: Tensor, zeros: Tensor | float) -> Float[Tensor, "rows in"]:
+        """Some rows of the matrix, in float32."""
+        levels = self.levels(rows)
+        short = self.groups * self.group - self.in_features if self.group > 0 else 0
+        groups = F.pad(levels, (0, short)).reshape(len(levels), self.groups, -1).float()
+        shifts = zeros[rows, :, None] if isinstance(zeros, Tensor) else zeros
+        W = (groups - shifts) * scales[rows, :, None]
+        return W.reshape(len(levels), -1)[:, : self.in_features]
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The layer's outputs."""
         if self.change is None:
             return super().forward(x)
-        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+        return F.linear(x, self.matrix(x.dtype), self.bias)
 
     def train_scales(self) -> None:
         """Let gradients reach the scales, by `change`, until `round_scales`; codes stay, and are kept unpacked."""
         self._forget()
+        self.__dict__["_levels"] = self.levels()
         self.change = nn.Parameter(torch.zeros(self.scales.shape, device=self.scales.device))
 
     @torch.no_grad()
@@ -134,28 +156,48 @@ class GroupLinear(QuantizedLinear):
     def kernel(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """PyTorch's products on CPUs: of 4-bit groups, which fewer bits fit into too, and of 8-bit rows.
 
-        In float32 they are twenty times slower than a product with the whole matrix.
+        Groups in more bits are the sum of two products in 4, of the upper and of the lower four bits of each code. In
+        float32 the kernels are twenty times slower than a product with the whole matrix.
         """
-        if self.codes.device.type != "cpu" or dtype != torch.bfloat16:
-            return None
         # Other sizes are computed wrongly or end the process (torch 2.13, `_weight_int8pack_mm`).
-        if self.out_features % 16 or self.in_features % 16:
+        whole_blocks = self.out_features % 16 == 0 and self.in_features % 16 == 0
+        if self.codes.device.type != "cpu" or dtype != torch.bfloat16 or not whole_blocks:
             return None
         scales, zeros = self.statistics()
         if isinstance(zeros, float):
-            if self.bits != 8:
-                return None
-            signed = (self.levels().short() - 128).to(torch.int8)
-            each = scales.reshape(-1).expand(self.out_features).to(dtype).contiguous()
-            return lambda x: torch._weight_int8pack_mm(x.contiguous(), signed, each)
-        fits = self.bits <= 4 and self.group in (32, 64, 128, 256) and self.in_features % self.group == 0
-        if not fits:
+            return self._int8_product(scales, dtype) if self.bits == 8 else None
+        if self.group not in (32, 64, 128, 256) or self.in_features % self.group:
             return None
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.levels().int(), 2)
-        pairs = torch.stack([scales, (8 - zeros) * scales], -1).transpose(0, 1).to(dtype).contiguous()
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, self.group, pairs)  # type: ignore[no-any-return]
+        levels = self.levels()
+        low = _int4_product(levels & 15, scales, zeros % 16, self.group, dtype)
+        if self.bits <= 4:
+            return low
+        high = _int4_product(levels >> 4, 16 * scales, zeros // 16, self.group, dtype)
+        return lambda x: high(x).add_(low(x))
+
+    def _int8_product(self, scales: Float[Tensor, "rows 1"], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        signed = (self.levels().short() - 128).to(torch.int8)
+        each = scales.reshape(-1).expand(self.out_features).to(dtype).contiguous()
+        return lambda x: torch._weight_int8pack_mm(x.contiguous(), signed, each)
 
     def extra_repr(self) -> str:
         """Sizes, bits and groups."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bits={self.bits}, group={self.group}"
+
+
+def _int4_product(
+    levels: Integer[Tensor, "out in"],
+    scales: Float[Tensor, "out groups"],
+    zeros: Float[Tensor, "out groups"],
+    group: int,
+    dtype: torch.dtype,
+) -> Callable[[Tensor], Tensor]:
+    """The product with a matrix of 4-bit codes by PyTorch's kernel, which takes 8 for the zero point."""
+    groups = levels.reshape(len(levels), -1, group).int()
+    # What remains between a zero point and 8 is rounded with the scales; codes that leave room are moved there.
+    shift = (8 - zeros.int()).clamp(min=-groups.amin(2)).clamp(max=15 - groups.amax(2))
+    groups, zeros = groups + shift[:, :, None], zeros + shift
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(groups.reshape(levels.shape), 2)
+    pairs = torch.stack([scales, (8 - zeros) * scales], -1).transpose(0, 1).to(dtype).contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, pairs)  # type: ignore[no-any-return]

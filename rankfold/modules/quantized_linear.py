@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from rankfold.errors import InputError
 
-FEW_ROWS = 16
-"""Vectors up to which a kernel for few bits is faster than a 16-bit product, which is then bound by memory."""
+FEW_ROWS, SOME_ROWS = 16, 128
+"""Vectors up to which a kernel for few bits is faster than a 16-bit product, which is then bound by memory; and than
+such a product with a matrix that has to be multiplied out first."""
 
 
 class QuantizedLinear(nn.Module):
@@ -38,6 +39,10 @@ class QuantizedLinear(nn.Module):
         """The matrix, in float32."""
         raise AssertionError("each scheme defines it")
 
+    def matrix(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """The matrix, rounded to a dtype."""
+        return self.dequantized().to(dtype)
+
     def kernel(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """A product of vectors (rows, in) in a dtype with the matrix as it is stored, if this device has one."""
         return None
@@ -55,15 +60,15 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The matrix, in the dtype of the model; recomputed on every access."""
-        return self.dequantized().to(self.dtype)
+        return self.matrix(self.dtype)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The layer's outputs."""
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             # Kernels have no gradients.
             return F.linear(x, self._kept(x.dtype), self.bias)
-        few = x.numel() <= FEW_ROWS * self.in_features
-        product = self._product(x.dtype) if few or self.prefers != "speed" else None
+        few = x.numel() <= (FEW_ROWS if self.prefers == "speed" else SOME_ROWS) * self.in_features
+        product = self._product(x.dtype) if few else None
         if product is None:
             return F.linear(x, self._kept(x.dtype), self.bias)
         y = product(x.reshape(-1, self.in_features)).reshape(*x.shape[:-1], self.out_features)
@@ -81,7 +86,7 @@ class QuantizedLinear(nn.Module):
         kept = self.__dict__.setdefault("_matrices", {})
         if dtype in kept:
             return kept[dtype]  # type: ignore[no-any-return]
-        matrix = self.dequantized().to(dtype)
+        matrix = self.matrix(dtype)
         keeps = self.prefers == "speed" or (self.prefers == "balance" and self._product(dtype) is None)
         if keeps and matrix.device.type != "meta":
             kept[dtype] = matrix
@@ -126,7 +131,7 @@ def prefer(model: nn.Module, what: str) -> None:
         model: The model.
         what: `balance`, as they do by default: the matrix of a kernel, or the whole one where there is no kernel.
             `memory`: never the whole one, which without a kernel is multiplied out at every call. `speed`: both, since
-            passes over many tokens are faster with the whole one.
+            passes over many tokens multiply by the whole one, which otherwise is made anew for each.
 
     Raises:
         ValueError: If it is none of these.

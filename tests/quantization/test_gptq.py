@@ -111,13 +111,13 @@ def test_whole_matrices_share_one_scale() -> None:
     assert gptq(W, S, 4, WHOLE_MATRIX).scales.unique().numel() == 1
 
 
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (2, 64), (3, 64), (8, WHOLE_ROW)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (2, 64), (3, 64), (5, 64), (8, 128), (8, WHOLE_ROW)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_multiply_what_is_stored(bits: int, group: int, dtype: torch.dtype) -> None:
     W, S, _ = case(48, 128)
     layer = gptq_linear(gptq(W, S, bits, group), Groups(bits, group), None, dtype)
     assert (layer.kernel(dtype) is not None) == (dtype == torch.bfloat16)
-    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(140, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = x.float() @ layer.dequantized().T
     with torch.no_grad():
         found = {}
@@ -126,7 +126,7 @@ def test_kernels_multiply_what_is_stored(bits: int, group: int, dtype: torch.dty
             found[what], found[f"{what}, one"] = layer(x), torch.cat([layer(row[None]) for row in x])
             kept = sum(len(layer.__dict__.get(name, {})) for name in ("_matrices",))
             assert kept == {"balance": dtype == torch.float32, "memory": 0, "speed": 1}[what]
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    tolerance = 1e-5 if dtype == torch.float32 else 6e-3
     for y in found.values():
         assert y.dtype == dtype
         assert float((y.float() - expected).norm()) <= tolerance * float(expected.norm())
