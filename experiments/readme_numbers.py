@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from results import RESULTS, ROOT, read
@@ -208,6 +208,10 @@ def real_model() -> str:
     return "\n".join(lines)
 
 
+README_BITS = [2.3, 3.3, 4.3]
+"""Bits a weight that the README shows."""
+
+
 def budget_table(base: str) -> list[str]:
     """Rows down, bits a weight across: the rise of the loss over the dense model's, on the same windows."""
     records = [record for record in read("one_budget") if record.context.get("base") == base]
@@ -283,7 +287,7 @@ def readme_budgets() -> str:
     """The README's other table: a real model at equal bytes, in few bits everywhere and with one budget."""
     records = [record for record in read("one_budget") if record.name == "loss"]
     dense = {record.context["base"]: float(record.value or 0) for record in records if record.subject == "dense"}
-    averages = sorted({record.context["average"] for record in records if "average" in record.context})
+    averages = README_BITS
     rises = {
         (record.context["base"], record.context["row"], record.context["average"]): float(record.value or 0)
         - dense[record.context["base"]]
@@ -320,7 +324,32 @@ def readme_budgets() -> str:
         f"and searches ranges. {made_with(records)}, CPU: `python benchmarks/one_budget.py`. These weights once had 4 bits,",
         "which flatters 4-bit rows; rotation takes them off that grid. Errors and more rows: [docs/quality.md](docs/quality.md).",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *peer_ratios(dense)])
+
+
+def peer_ratios(dense: Mapping[str, float]) -> list[str]:
+    """In one sentence what one budget loses at the bytes of other people's quantizers."""
+    rises: dict[tuple[str, str], dict[str, float]] = {}
+    for record in read("one_budget"):
+        if "peer" not in record.context or "rotated" not in record.context["base"]:
+            continue
+        *_, name = record.context["row"].rsplit(" of ", 1)
+        lost = float(record.value or 0) - (dense[record.context["base"]] if record.name == "loss" else 0)
+        side = "own" if record.context["row"].startswith("rankfold") else "theirs"
+        rises.setdefault((name, record.name), {})[side] = lost
+
+    def ratio(name: str, what: str) -> float:
+        return rises[name, what]["own"] / rises[name, what]["theirs"]
+
+    whole = sorted((name for (name, what), rise in rises.items() if what == "loss" and len(rise) == 2))
+    if not whole:
+        return []
+    listed = ", ".join(f"{name} {ratio(name, 'loss'):.2f} ({ratio(name, 'kl_to_dense'):.2f})" for name in whole)
+    return [
+        "",
+        "On the rotated weights, at the bytes of K-quants (llama.cpp, importance matrix), NF4, INT8 (bitsandbytes) and SpQR (ours), rankfold's rise over "
+        f"theirs (in brackets its divergence from the dense model's predictions over theirs): {listed}.",
+    ]
 
 
 def record_seconds(record: Record) -> str:

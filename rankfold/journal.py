@@ -26,7 +26,7 @@ class Journal(MutableMapping[str, Any]):
 
     Files are safetensors; how a value is built up stands in their metadata as JSON. A file that cannot be read, as
     after a power cut, counts as not there. Values are mapped from their files, so that they take no memory of their
-    own.
+    own, but for symmetric matrices, of which one half is stored.
 
     Args:
         folder: Where the files lie; made when the first is written. The caller removes it.
@@ -111,8 +111,13 @@ class Journal(MutableMapping[str, Any]):
             name = str(len(tensors))
             tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
             # safetensors takes no two views of the same numbers.
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
+            tensor = tensor.detach().cpu()
             device = str(value.device) if isinstance(value, Tensor) else ""
+            if tensor.ndim == 2 and len(tensor) > 1 and torch.equal(tensor, tensor.T):
+                rows, columns = torch.triu_indices(*tensor.shape)
+                tensors[name] = tensor[rows, columns]
+                return {"tensor": name, "device": device, "symmetric": len(tensor)}
+            tensors[name] = tensor.contiguous().clone()
             return {"tensor": name, "device": device}
         if type(value).__name__ in self._kinds:
             names = getattr(value, "_fields", None) or [field.name for field in dataclasses.fields(value)]
@@ -130,6 +135,10 @@ class Journal(MutableMapping[str, Any]):
         """A value from how it is built up."""
         if "tensor" in structure:
             tensor = file.get_tensor(structure["tensor"])
+            if size := structure.get("symmetric"):
+                upper, tensor = tensor, tensor.new_empty(size, size)
+                rows, columns = torch.triu_indices(size, size)
+                tensor[rows, columns] = tensor[columns, rows] = upper
             return tensor.to(structure["device"]) if structure["device"] else tensor.numpy()
         if "kind" in structure:
             parts = {name: self._built(part, file) for name, part in structure["parts"].items()}

@@ -25,7 +25,14 @@ from rankfold.calibration.losses import (
     usual_labels,
     usual_loss,
 )
-from rankfold.calibration.moments import BlockMoments, MomentAccumulator, calibrate, calibrate_blocks
+from rankfold.calibration.moments import (
+    BlockMoments,
+    MomentAccumulator,
+    Observer,
+    calibrate,
+    calibrate_blocks,
+    observed_blocks,
+)
 from rankfold.calibration.overlap import overlap
 from rankfold.calibration.statistics import Statistics, is_reached, predicted_losses
 from rankfold.calibration.walk import BlockStep, walk_blocks, walk_blocks_back, walk_body, without_labels
@@ -39,6 +46,7 @@ __all__ = [
     "Corpus",
     "Loss",
     "MomentAccumulator",
+    "Observer",
     "Statistics",
     "calibrate",
     "calibrate_blocks",
@@ -52,6 +60,7 @@ __all__ = [
     "make_batches",
     "masked_batches",
     "max_length",
+    "observed_blocks",
     "overlap",
     "predicted_losses",
     "random_windows",

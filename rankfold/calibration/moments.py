@@ -78,6 +78,13 @@ class MomentAccumulator:
         assert product is not None, "a split gives at least one part"
         return product
 
+    def add(self, other: MomentAccumulator) -> None:
+        """Take in everything that another one took in."""
+        self.count += other.count
+        self._sequences += other._sequences
+        for name in ("_third", "_fourth", "_sum", "_second", "_squares"):
+            getattr(self, name).add_(getattr(other, name))
+
     def moments(self) -> Moments:
         """Moments over everything taken in; the accumulator is used up.
 
@@ -85,7 +92,8 @@ class MomentAccumulator:
             ValueError: If a value was NaN or infinite.
         """
         count = max(self.count, 1)
-        second = check_moment(self._second.div_(count))
+        # Products of matrices are symmetric but for rounding.
+        second = check_moment(self._second.add_(self._second.T.clone()).div_(2 * count))
         third = self._third / count
         return Moments(self.count, self._sum / count, second, float(self._fourth) / count, third, self._spread(second))
 
@@ -113,6 +121,11 @@ class DiagonalAccumulator:
             self.count += len(chunk)
             squares = chunk.float().square().sum(0, dtype=widest(chunk.device))
             self._squares += squares.to(self._squares.device)
+
+    def add(self, other: DiagonalAccumulator) -> None:
+        """Take in everything that another one took in."""
+        self.count += other.count
+        self._squares += other._squares
 
     def moments(self) -> Moments:
         """The diagonal of the second moment over everything taken in.
@@ -216,6 +229,20 @@ def calibrate_blocks(
     Raises:
         ValueError: If there is no batch or a value is not finite.
     """
+    for step, observer in observed_blocks(model, sites, batches, on_step, loss, shelf):
+        yield BlockMoments(step, observer.moments())
+        give_back()
+
+
+def observed_blocks(
+    model: Any,
+    sites: Sequence[Site],
+    batches: Iterable[Mapping[str, Tensor]],
+    on_step: Step = no_step,
+    loss: Loss | None = None,
+    shelf: Shelf | None = None,
+) -> Iterator[tuple[BlockStep | None, Observer]]:
+    """`calibrate_blocks` with sums in place of moments: those of several shares of the batches can be added up."""
     by_block: dict[str | None, list[Site]] = {}
     for site in sites:
         by_block.setdefault(site.block, []).append(site)
@@ -226,8 +253,8 @@ def calibrate_blocks(
         raise InputError("Calibration needs at least one batch, but got none.")
     read = "decoder_input_ids" if "decoder_input_ids" in batches[0] else "input_ids"
     tokens = sum(batch[read].numel() for batch in batches if read in batch)
-    observers = {block: _Observer(group, loss is not None, tokens) for block, group in by_block.items()}
-    outer = observers.pop(None, _Observer([], loss is not None, tokens))
+    observers = {block: Observer(group, loss is not None, tokens) for block, group in by_block.items()}
+    outer = observers.pop(None, Observer([], loss is not None, tokens))
     visits = {block: max(site.calls for site in group) for block, group in by_block.items()}
     with _frozen(model), ExitStack() as stack:
         chain = loss is None or is_chain(model, batches[0])
@@ -244,15 +271,14 @@ def calibrate_blocks(
                 step.run()
             visits[block] -= 1
             if visits[block] == 0:
-                yield BlockMoments(step, observers.pop(block).moments())
-                give_back()
+                yield step, observers.pop(block)
         for observer in [*observers.values(), outer]:
-            yield BlockMoments(None, observer.moments())
+            yield None, observer
 
 
 def _backpropagate(
     model: Any,
-    observers: Sequence[_Observer],
+    observers: Sequence[Observer],
     batches: Iterable[Mapping[str, Tensor]],
     loss: Loss,
     on_step: Step,
@@ -310,7 +336,7 @@ def _frozen(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class _Observer:
+class Observer:
     """Accumulators of sites: one for each input that several read, or one for each output if that is smaller.
 
     Where gradients are followed, the inputs always, and the gradient at every output.
@@ -369,6 +395,29 @@ class _Observer:
                 result.register_hook(accumulator.update)  # type: ignore[no-untyped-call]
 
         return linear.register_forward_hook(follow)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sites."""
+        return tuple(site.name for site in self._sites)
+
+    def to_cpu(self) -> Observer:
+        """The same observer, its sums in ordinary memory."""
+        for accumulator in self._accumulators.values():
+            for name, value in vars(accumulator).items():
+                if isinstance(value, Tensor):
+                    setattr(accumulator, name, value.cpu())
+        return self
+
+    def add(self, other: Observer) -> None:
+        """Take in what another one saw of the same sites; it is used up."""
+        self._tokens += other._tokens
+        for key, accumulator in other._accumulators.items():
+            if key in self._accumulators:
+                self._accumulators[key].add(accumulator)  # type: ignore[arg-type]
+            else:
+                self._accumulators[key] = accumulator
+        other._accumulators = {}
 
     def moments(self) -> dict[str, SiteMoments]:
         """Moments by site; the accumulators are used up."""

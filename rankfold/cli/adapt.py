@@ -16,7 +16,7 @@ from rankfold.errors import InputError
 from rankfold.modules import QuantizedLinear
 from rankfold.pipeline import parse_bytes
 from rankfold.plan import Plan
-from rankfold.recovery import check_relatives, difference_adapter, difference_plan
+from rankfold.recovery import check_relatives, difference_adapter, difference_plan, differences
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
 
@@ -73,7 +73,8 @@ def adapt(
         advance = stage("measuring inputs and gradients", passes * len(batches))
         loss = usual_loss(wanted, batches, seed)
         statistics = calibrate(wanted, chosen, batches, loss=loss, on_step=advance)
-    plan, factors = difference_plan(carrier, wanted, chosen, statistics, bytes=budget, rank=rank, compact=compact)
+    found = differences(carrier, wanted, chosen, statistics)
+    plan, factors = difference_plan(chosen, found, bytes=budget, rank=rank, compact=compact)
     adapted = difference_adapter(carrier, factors)
     save_adapters(adapted, tokenizer, output, base=base, overwrite=overwrite)
     _report(output, plan, chosen)

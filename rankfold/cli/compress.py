@@ -153,6 +153,21 @@ def compress(
             rich_help_panel="Calibration",
         ),
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Workers on a Ray cluster that share the measuring (0: all in this process); every machine must find "
+            "the model under the same name.",
+            rich_help_panel="Workers",
+        ),
+    ] = 0,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of the cluster, auto for this machine's (default: start one).", rich_help_panel="Workers"
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -205,7 +220,8 @@ def compress(
             loaded, tokenizer, keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase, rank=rank,
             plan=stored, text=corpus or calibration, sequences=sequences, length=length, sites=chosen, method=method,
             allocation=allocation, form=form, allow=ways, multiple=multiple, refine=refine, refine_toward=refine_toward,
-            embeddings=embeddings, effort=effort, memory=memory, nested=nested, seed=seed, stage=stage, work=work,
+            embeddings=embeddings, effort=effort, memory=memory, nested=nested, workers=workers, ray=ray, seed=seed,
+            stage=stage, work=work,
         )  # fmt: skip
     if origin:
         done = note(loaded, done, {"origin": origin})

@@ -4,7 +4,7 @@ from rankfold.compression.drift import Streams, correct_drift, fit_along
 from rankfold.compression.joint import compress_stacks
 from rankfold.compression.nested import adapt, nest, shrink
 from rankfold.compression.replace import factorize, factorize_blocks, factorize_site, finish
-from rankfold.compression.rounds import compress_in_rounds, restore, with_layers
+from rankfold.compression.rounds import compress_in_rounds, decomposed, restore, with_layers
 
 __all__ = [
     "Streams",
@@ -12,6 +12,7 @@ __all__ = [
     "compress_in_rounds",
     "compress_stacks",
     "correct_drift",
+    "decomposed",
     "factorize",
     "factorize_blocks",
     "factorize_site",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from rankfold.sites import Site
 Allocate = Callable[[Mapping[str, Sequence[float]]], Plan]
 """From the predicted loss of every site at each rank to a plan."""
 
+Source = Callable[[Sequence[Site]], Iterator[tuple[str, Ordered]]]
+"""The factors of every rank of some sites of the dense model, by name, as they are worked out."""
+
 
 def compress_in_rounds(  # noqa: PLR0913
     model: Any,
@@ -41,6 +45,7 @@ def compress_in_rounds(  # noqa: PLR0913
     shelf: Shelf | None = None,
     journal: Journal | None = None,
     known: dict[str, list[float]] | None = None,
+    source: Source | None = None,
     on_step: Step = no_step,
 ) -> Plan:
     """Compress a model in place by two-sided weighting, re-measuring what compression has changed.
@@ -63,6 +68,7 @@ def compress_in_rounds(  # noqa: PLR0913
             lie there instead of on the shelf.
         known: Predicted losses of the dense model's sites. Empty ones are filled; those of an earlier call without
             rounds on the same shelf, where their factors are, save measuring them again.
+        source: Where the first round's factors come from; without it they are worked out here.
         on_step: Called after each batch has passed a block.
 
     Returns:
@@ -92,7 +98,8 @@ def compress_in_rounds(  # noqa: PLR0913
         ordered = shelf if journal is None else journal.of(_state(plan))
         if not losses or number:
             dense = dense or {site.name: linear_at(model, site.name) for site in sites}
-            losses.update(_measured(model, sites, batches, dense, decompose, ordered, loss, shelf, on_step))
+            here = partial(_worked_out, model, batches, dense, decompose, loss, shelf, on_step)
+            losses.update(_measured(model, sites, batches, ordered, (not number and source) or here, on_step))
         plan = allocate(losses)
         # Factors that nothing asks for again need not wait longer.
         used_up = known is None and not drift and number == rounds and journal is None
@@ -110,33 +117,44 @@ def _state(plan: Plan | None) -> str:
     return fingerprint([(option.sites, option.form, option.ranks) for option in plan.options])
 
 
-def _measured(  # noqa: PLR0913, PLR0917
+def _measured(
     model: Any,
     sites: Sequence[Site],
     batches: Sequence[Mapping[str, Tensor]],
-    dense: Mapping[str, nn.Module],
-    decompose: Callable[..., Ordered],
     ordered: MutableMapping[Any, Ordered],
-    loss: Loss,
-    shelf: Shelf,
+    source: Source,
     on_step: Step,
 ) -> dict[str, list[float]]:
     """Predicted losses of every site that is reached, by its factorization, which is put down in `ordered`."""
     done = {site.name for site in sites if isinstance(ordered, Journal) and site.name in ordered}
     losses = {name: ordered[name].losses.tolist() for name in done}
     rest = [site for site in sites if site.name not in done]
+    use_eager_experts(model)
     if not rest:
-        use_eager_experts(model)
         for _ in range(2 * len({site.block for site in sites}) * len(batches)):
             on_step()
-    for block in calibrate_blocks(model, rest, batches, on_step, loss, shelf) if rest else ():
+    for name, found in source(rest) if rest else ():
+        ordered[name], losses[name] = found, found.losses.tolist()
+    return losses
+
+
+def _worked_out(  # noqa: PLR0913, PLR0917
+    model: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    dense: Mapping[str, nn.Module],
+    decompose: Callable[..., Ordered],
+    loss: Loss,
+    shelf: Shelf,
+    on_step: Step,
+    sites: Sequence[Site],
+) -> Iterator[tuple[str, Ordered]]:
+    """The factors of sites, measured block by block."""
+    for block in calibrate_blocks(model, sites, batches, on_step, loss, shelf):
         for name in list(block.moments):
             # Not to be alive while the next block is measured.
             moments = block.moments.pop(name)
             if is_reached(moments, gradients=True):
-                found = _decompose(name, dense[name], moments, decompose)
-                ordered[name], losses[name] = found, found.losses.tolist()
-    return losses
+                yield name, decomposed(name, dense[name], moments, decompose)
 
 
 def restore(model: Any, dense: Mapping[str, nn.Module], earlier: Mapping[str, Any] | None = None) -> None:
@@ -172,7 +190,7 @@ def _ordered_methods() -> list[str]:
 
 
 @torch.no_grad()
-def _decompose(name: str, linear: nn.Module, moments: SiteMoments, decompose: Callable[..., Ordered]) -> Ordered:
+def decomposed(name: str, linear: nn.Module, moments: SiteMoments, decompose: Callable[..., Ordered]) -> Ordered:
     """The factors of every rank of one site, kept in the precision of the weight."""
     W, b = matrix_of(linear)
     try:

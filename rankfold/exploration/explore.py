@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from rankfold.exploration.study import Done, failures, finished, open_study, sea
 from rankfold.factorization import METHODS, SiteMoments
 from rankfold.fingerprint import fingerprint
 from rankfold.measurement import scorer_for
+from rankfold.pipeline import RETRIES, connect, share_of_machine
 from rankfold.progress import Stage, Step, no_step
 from rankfold.sites import find_sites
 
@@ -176,34 +176,17 @@ def run_on_ray(settings: Exploration, workers: int, address: str | None, stage: 
     Raises:
         ValueError: If Ray is missing, the cluster cannot hold the workers, or a worker cannot reach the database.
     """
-    try:
-        import ray as ray_library
-
-        # Ray's annotations do not fit what its documentation does.
-        ray: Any = ray_library
-    except ImportError as error:
-        raise InputError("Workers on a cluster need Ray: pip install 'rankfold[ray]'") from error
     # The study is made, and whatever is wrong with the settings said, before anything is started. Workers run in
     # folders of their own, so paths become absolute.
     settings = _absolute(settings)
     worker = prepare(settings, stage)
-    if not ray.is_initialized():
-        try:
-            ray.init(
-                address=address, num_cpus=None if address else workers, log_to_driver=False, logging_level=logging.ERROR
-            )
-        except ConnectionError as error:
-            raise InputError(f"{address}: no Ray cluster answers there. Start one with: ray start --head") from error
-    kind, needs = ("GPU", {"num_gpus": 1}) if settings.device.startswith("cuda") else ("CPU", {"num_cpus": 1})
-    total = ray.cluster_resources().get(kind, 0)
-    if total < workers:
-        raise InputError(f"The Ray cluster has {total:g} {kind}s, but {workers} workers need one each. Start fewer.")
+    ray = connect(address, workers, settings.device)
     machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
     if len(machines) > 1 and settings.study.startswith("sqlite"):
         raise InputError(
             f"Workers on {len(machines)} machines cannot share a SQLite file: give `study` a PostgreSQL database."
         )
-    task = ray.remote(**needs, max_retries=3, scheduling_strategy="SPREAD")(_work)
+    task = ray.remote(**share_of_machine(settings.device), max_retries=RETRIES, scheduling_strategy="SPREAD")(_work)
     measured = ray.put(Measured(worker.bench.statistics, worker.bench.losses))
     running = [task.remote(settings, number, measured) for number in range(workers)]
     advance, seen = stage("trials", settings.trials), 0

@@ -51,6 +51,8 @@ def compress(  # noqa: PLR0913
     nested: bool = False,
     statistics: Statistics | None = None,
     memory: int | str | None = None,
+    workers: int = 0,
+    ray: str | None = None,
     seed: int = 0,
     stage: Stage = no_stage,
     work: Path | None = None,
@@ -95,6 +97,9 @@ def compress(  # noqa: PLR0913
         statistics: What `calibrate` measured of the dense model, for several budgets over bits one after another.
         memory: Intermediate results and finished layers beyond this, in bytes or as `"8GB"`, lie in a temporary folder
             (`TMPDIR`) instead of memory; by default 3 % of what is free.
+        workers: Workers of a Ray cluster that share the measuring of inputs and gradients, each with one processor or
+            accelerator; they load the model from where it came from. Without any all is done in this process.
+        ray: Address of a running cluster, `auto` for the one of this machine; without it one is started here.
         seed: Random seed.
         stage: Opens a stage of work, for progress bars.
         work: Folder in which is kept what was worked out of sites and blocks, so that an interrupted run resumes; the
@@ -140,7 +145,10 @@ def compress(  # noqa: PLR0913
             "Statistics are taken over by a budget over bits (`bits`, or `allow`). With others, carry out the steps: "
             "allocate(sites, statistics, keep=...), factorize(model, plan, statistics)."
         )
-    return Run(model, chosen, budget, settings, reading, stage, statistics).run(work)
+    run = Run(model, chosen, budget, settings, reading, stage, statistics)
+    if workers:
+        run.share(workers, ray)
+    return run.run(work)
 
 
 def _chosen(model: Any, sites: Sequence[str | Site] | None) -> Sites:

@@ -24,6 +24,7 @@ from rankfold.pipeline.embeddings import EmbeddingWidths
 from rankfold.pipeline.reading import Reading
 from rankfold.pipeline.search import smallest_within
 from rankfold.pipeline.settings import Settings
+from rankfold.pipeline.workers import Workers
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Stage
 from rankfold.quality import next_token_quality
@@ -63,11 +64,25 @@ class Run:
         # Predicted losses of the dense model, while the factors behind them lie on the shelf.
         searched = budget.max_loss_increase is not None and settings.rounds_for(budget) == 0
         self.known: dict[str, list[float]] | None = {} if searched else None
+        self.workers: Workers | None = None
         self.journal: Journal | None = None
         self.embeddings: EmbeddingWidths | None = None
         self.blocks = len({site.block for site in sites if site.block})
         self.dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
         use_eager_experts(model)
+
+    def share(self, count: int, ray: str | None) -> None:
+        """Let workers of a cluster share the measuring of the dense model."""
+        settings = self.settings
+        if not settings.needs_gradients(self.budget) or settings.entry.ordered is None:
+            raise InputError(
+                "Workers share the measuring of inputs and gradients, from which the method "
+                f"{settings.method!r} does not factorize. Leave `workers` out, or use kfac."
+            )
+        memory = usual_limit() // count if settings.memory is None else settings.memory
+        self.workers = Workers(
+            self.model, self.batches, self.labels, settings.seed, count=count, address=ray, memory=memory
+        )
 
     def run(self, work: Path | None) -> Plan:
         """Factorize within the budget, then refine where that was asked for."""
@@ -107,12 +122,18 @@ class Run:
             return replace(self._allocated(keep, losses), calibration=facts)
 
         if "bits" in settings.ways(self.budget):
+            if self.workers is not None and self.statistics is None:
+                self.statistics = self._measured()
+                visits = 2 * blocks * rounds
             return self._shared(keep, facts, f"{title}measuring inputs and gradients", visits * len(batches))
         if gradients and settings.entry.ordered is not None:
+            advance = self.stage(f"{title}measuring inputs and gradients", visits * len(batches))
+            workers = self.workers
+            source = None if workers is None else lambda rest: workers.factors(rest, settings.method, advance)
             return compress_in_rounds(
                 model, self.sites, batches, loss=summed_loss(model, self.labels, settings.seed), allocate=allocated,
                 method=settings.method, rounds=rounds, drift=drift, shelf=self.shelf, journal=self.journal,
-                known=self.known, on_step=self.stage(f"{title}measuring inputs and gradients", visits * len(batches)),
+                known=self.known, source=source, on_step=advance,
             )  # fmt: skip
         if gradients:
             advance = self.stage(f"{title}measuring inputs and gradients", (2 * blocks + 1) * len(batches))
@@ -195,9 +216,7 @@ class Run:
         earlier = getattr(model.config, "rankfold", None)
         shares_bits = "bits" in self.settings.ways(self.budget)
         if shares_bits and self.statistics is None:
-            advance = self.stage("measuring inputs and gradients", 2 * self.blocks * len(self.batches))
-            loss = summed_loss(model, self.labels, self.settings.seed)
-            self.statistics = calibrate(model, self.sites, self.batches, loss=loss, shelf=self.shelf, on_step=advance)
+            self.statistics = self._measured()
 
         def back() -> None:
             if self.embeddings is not None:
@@ -211,6 +230,14 @@ class Run:
         plan, measured = smallest_within(limit, self.attempt, rise, back, fewest)
         facts = {"max_loss_increase": limit, "measured_increase": round(measured, 5), "dense_loss": round(before, 5)}
         return note(model, plan, facts)
+
+    def _measured(self) -> Statistics:
+        """The moments of the dense model, measured here or by the workers."""
+        advance = self.stage("measuring inputs and gradients", 2 * self.blocks * len(self.batches))
+        if self.workers is not None:
+            return self.workers.statistics(self.sites, self.shelf, advance)
+        loss = summed_loss(self.model, self.labels, self.settings.seed)
+        return calibrate(self.model, self.sites, self.batches, loss=loss, shelf=self.shelf, on_step=advance)
 
     def refined(self, plan: Plan, teacher: Any, work: tuple[Path, str] | None) -> Plan:
         """The plan after every block was trained towards the dense model."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankfold.allocation import Allowance, SiteOptions, knapsack
@@ -83,18 +84,20 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return float((x - y).norm()) <= SAME * float(y.norm()) + 1e-8
 
 
+class Difference(NamedTuple):
+    """What one layer of two models differs by: `B A`, columns and rows in the order in which they are worth most."""
+
+    B: Float[Tensor, "out full"]
+    A: Float[Tensor, "full in"]
+    losses: Float[Tensor, " ranks"]
+    """What is predicted to remain of the loss at every rank from 0."""
+
+
 @torch.no_grad()
-def difference_plan(
-    base: Any,
-    target: Any,
-    sites: Sequence[Site],
-    statistics: Mapping[str, SiteMoments],
-    *,
-    bytes: int | None = None,
-    rank: int | None = None,
-    compact: bool = False,
-) -> tuple[Plan, dict[str, tuple[Tensor, Tensor]]]:
-    """Ranks for the difference at every site within one budget of bytes, and its factors.
+def differences(
+    base: Any, target: Any, sites: Sequence[Site], statistics: Mapping[str, SiteMoments]
+) -> dict[str, Difference]:
+    """The difference of two models at every site, ordered by what each rank is worth.
 
     The difference `D` of a site is weighed on both sides: the best adapter of rank `r` is the truncated SVD of
     `G^(1/2) D S^(1/2)`, and what it leaves is predicted loss, comparable across sites (docs/mathematics.md, eq. 12).
@@ -104,6 +107,40 @@ def difference_plan(
         target: The model that it shall come near to, dense.
         sites: Layers of both.
         statistics: Moments of the target's inputs and gradients.
+
+    Raises:
+        ValueError: If no token reached a site.
+    """
+    found = {}
+    for site in sites:
+        D = stored_matrix(linear_at(target, site.name)).float() - stored_matrix(linear_at(base, site.name)).float()
+        moments = statistics[site.name]
+        if moments.inputs is None or moments.gradients is None or not moments.inputs.vectors:
+            raise InputError(
+                f"{site.name}: no token of the text reached this layer. Use other or more text, or leave it out."
+            )
+        trusted = moments._replace(
+            inputs=moments.inputs._replace(second=moments.inputs.trusted),
+            gradients=moments.gradients._replace(second=moments.gradients.trusted),
+        )
+        ordered = ordered_kfac(D, None, trusted)
+        found[site.name] = Difference(ordered.up.float(), ordered.down.float(), ordered.losses)
+    return found
+
+
+def difference_plan(
+    sites: Sequence[Site],
+    differences: Mapping[str, Difference],
+    *,
+    bytes: int | None = None,
+    rank: int | None = None,
+    compact: bool = False,
+) -> tuple[Plan, dict[str, tuple[Tensor, Tensor]]]:
+    """Ranks for the difference at every site within one budget of bytes, and its factors.
+
+    Args:
+        sites: Layers of both models.
+        differences: What `differences` found.
         bytes: Bytes of the adapter's numbers, in 16 bits, over all sites.
         rank: One rank for all sites, instead.
         compact: Whether sites may have different ranks. Runtimes scale these differently: PEFT by a pattern of alphas,
@@ -119,21 +156,7 @@ def difference_plan(
     """
     if (bytes is None) == (rank is None) or (bytes or rank or 0) < 1:
         raise InputError(f"An adapter needs one of bytes and rank, 1 or more, but got {bytes} and {rank}.")
-    whole: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-    for site in sites:
-        D = stored_matrix(linear_at(target, site.name)).float() - stored_matrix(linear_at(base, site.name)).float()
-        moments = statistics[site.name]
-        if moments.inputs is None or moments.gradients is None or not moments.inputs.vectors:
-            raise InputError(
-                f"{site.name}: no token of the text reached this layer. Use other or more text, or leave it out."
-            )
-        trusted = moments._replace(
-            inputs=moments.inputs._replace(second=moments.inputs.trusted),
-            gradients=moments.gradients._replace(second=moments.gradients.trusted),
-        )
-        ordered = ordered_kfac(D, None, trusted)
-        whole[site.name] = (ordered.up.float(), ordered.down.float(), ordered.losses)
-    losses = {name: curve for name, (_, _, curve) in whole.items()}
+    losses = {name: each.losses for name, each in differences.items()}
     if rank is not None:
         chosen = [_option(site, min(rank, len(losses[site.name]) - 1), losses[site.name]) for site in sites]
     else:
@@ -142,16 +165,15 @@ def difference_plan(
         tried = [_within(sites, losses, bytes, step) for step in steps]
         chosen = min(tried, key=lambda options: sum(option.loss or 0.0 for option in options))
     kept = {option.sites[0]: option.ranks[0] for option in chosen}
-    factors = {name: _balanced(whole[name][0][:, :r], whole[name][1][:r]) for name, r in kept.items() if r}
+    factors = {name: _balanced(differences[name].B[:, :r], differences[name].A[:r]) for name, r in kept.items() if r}
     if not factors:
         raise InputError("The budget holds no rank of any site. Raise it.")
-    without = sum(float(losses[0]) for _, _, losses in whole.values())
     plan = Plan(
         options=tuple(chosen),
         method="kfac",
         allocation="knapsack" if rank is None else "uniform",
         rank=rank,
-        calibration={"loss_without": without},
+        calibration={"loss_without": sum(float(curve[0]) for curve in losses.values())},
     )
     return plan, factors
 

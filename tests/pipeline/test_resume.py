@@ -102,11 +102,15 @@ def test_a_journal_gives_back_what_was_put_in(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j", Moments, SiteMoments, WidthLosses)
     x = torch.randn(4, 4, dtype=torch.float64)
     value = SiteMoments(Moments(3, x[0], x, 0.1, None, float("inf")), None, None, 0.5)
+    symmetric = x @ x.T
+    symmetric += symmetric.T.clone()
     losses = WidthLosses(x[0].numpy(), {(2, 64): x[1].numpy()})
-    journal["a"], journal["b"] = value, (losses, None, "text", True)
+    journal["a"], journal["b"], journal["c"] = value, (losses, None, "text", True), symmetric
     again = Journal(tmp_path / "j", Moments, SiteMoments, WidthLosses)
-    assert set(again) == {"a", "b"}
-    assert len(again) == 2
+    assert set(again) == {"a", "b", "c"}
+    assert len(again) == 3
+    assert torch.equal(again["c"], symmetric)
+    del again["c"]
     found = again["a"]
     assert torch.equal(found.inputs.second, x)
     assert found.inputs[0] == 3

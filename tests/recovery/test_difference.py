@@ -16,7 +16,7 @@ from rankfold.calibration import calibrate, make_batches, summed_loss
 from rankfold.checkpoint import load_model, save_adapters
 from rankfold.modules import linear_at
 from rankfold.quantization import Groups, gptq
-from rankfold.recovery import check_relatives, difference_adapter, difference_plan
+from rankfold.recovery import check_relatives, difference_adapter, difference_plan, differences
 from rankfold.sites import find_sites
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'rankfold[recovery]'")
@@ -49,7 +49,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def test_an_adapter_of_full_rank_is_the_target(pair: tuple[Any, Any, Any, Any]) -> None:
     target, sites, statistics, ids = pair
-    plan, factors = difference_plan(rounded(), target, sites, statistics, rank=10**6)
+    plan, factors = difference_plan(sites, differences(rounded(), target, sites, statistics), rank=10**6)
     assert plan.predicted_loss == pytest.approx(0, abs=1e-9)
     adapted = difference_adapter(rounded(), factors)
     before = (logits(rounded(), ids) - logits(target, ids)).norm()
@@ -64,7 +64,7 @@ def test_a_budget_is_kept_and_spent_and_the_folder_loads(
     base = tmp_path / "base"
     rounded().save_pretrained(base)
     carrier = load_model(base)
-    plan, factors = difference_plan(carrier, target, sites, statistics, bytes=4000, compact=compact)
+    plan, factors = difference_plan(sites, differences(carrier, target, sites, statistics), bytes=4000, compact=compact)
     assert (3400 if compact else 2400) <= plan.bytes <= 4000
     assert plan.predicted_loss < plan.calibration["loss_without"]
     adapted = difference_adapter(carrier, factors)
@@ -95,15 +95,15 @@ def test_a_budget_is_kept_and_spent_and_the_folder_loads(
 def test_ranks_that_differ_cost_no_more_than_one_rank(pair: tuple[Any, Any, Any, Any]) -> None:
     target, sites, statistics, _ = pair
     for size in (1500, 4000, 9000):
-        one, _ = difference_plan(rounded(), target, sites, statistics, bytes=size)
-        mixed, _ = difference_plan(rounded(), target, sites, statistics, bytes=size, compact=True)
+        one, _ = difference_plan(sites, differences(rounded(), target, sites, statistics), bytes=size)
+        mixed, _ = difference_plan(sites, differences(rounded(), target, sites, statistics), bytes=size, compact=True)
         assert mixed.predicted_loss <= 1.02 * one.predicted_loss
 
 
 def test_both_sides_beat_the_plain_difference_at_equal_rank(pair: tuple[Any, Any, Any, Any]) -> None:
     target, sites, statistics, _ = pair
     carrier = rounded()
-    plan, _ = difference_plan(carrier, target, sites, statistics, rank=4)
+    plan, _ = difference_plan(sites, differences(carrier, target, sites, statistics), rank=4)
     plain = 0.0
     for site in sites:
         D = (linear_at(target, site.name).weight - linear_at(carrier, site.name).weight).detach().double()
@@ -120,7 +120,7 @@ def test_few_tokens_blow_no_adapter_up(pair: tuple[Any, Any, Any, Any]) -> None:
     batches = make_batches(target, ids[:2, :3])
     statistics = calibrate(target, sites, batches, loss=summed_loss(target, "text", 0))
     carrier = rounded()
-    _, factors = difference_plan(carrier, target, sites, statistics, rank=8)
+    _, factors = difference_plan(sites, differences(carrier, target, sites, statistics), rank=8)
     for name, (B, A) in factors.items():
         difference = linear_at(target, name).weight - linear_at(carrier, name).weight
         assert float((B @ A).norm()) < 4 * float(difference.norm())
@@ -136,7 +136,7 @@ def test_transposed_layers_carry_adapters_too() -> None:
         for site in sites:
             linear_at(carrier, site.name).weight.mul_(0.9)
     before = logits(carrier, ids)
-    _, factors = difference_plan(carrier, target, sites, statistics, rank=10**6)
+    _, factors = difference_plan(sites, differences(carrier, target, sites, statistics), rank=10**6)
     adapted = difference_adapter(carrier, factors)
     assert (logits(adapted, ids) - logits(target, ids)).norm() < 0.02 * (before - logits(target, ids)).norm()
 
@@ -158,9 +158,9 @@ def test_models_that_are_no_relatives_are_refused(pair: tuple[Any, Any, Any, Any
     assert check_relatives(rounded(), target, sites) == []
     for budget in ({}, {"bytes": 10, "rank": 1}, {"rank": 0}):
         with pytest.raises(ValueError, match="needs one of bytes and rank"):
-            difference_plan(rounded(), target, sites, statistics, **budget)
+            difference_plan(sites, differences(rounded(), target, sites, statistics), **budget)
     with pytest.raises(ValueError, match="holds no rank of any site"):
-        difference_plan(rounded(), target, sites, statistics, bytes=3)
+        difference_plan(sites, differences(rounded(), target, sites, statistics), bytes=3)
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 has no stacked experts")
