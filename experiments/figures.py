@@ -49,9 +49,22 @@ MEASURE: tuple[Program, ...] = (
     ),
     Program(
         "benchmarks/one_budget.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
-        "ASSETS/data/wikitext2/wiki.valid.tokens --text ASSETS/data/wikitext2/wiki.test.tokens",
+        "ASSETS/data/wikitext2/wiki.valid.tokens --text ASSETS/data/wikitext2/wiki.test.raw",
         "docs/quality.md, one budget",
         "one_budget",
+    ),
+    Program(
+        "benchmarks/adapters.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
+        "ASSETS/data/wikitext2/wiki.valid.tokens --text ASSETS/data/wikitext2/wiki.test.raw --tune "
+        "ASSETS/data/tinystories/tinystories_sample.txt",
+        "docs/quality.md, adapters",
+        "adapters",
+    ),
+    Program(
+        "benchmarks/few_bits_cost.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
+        "ASSETS/data/wikitext2/wiki.valid.tokens",
+        "docs/quality.md, cost of few bits",
+        "few_bits_cost",
     ),
     Program("benchmarks/quality.py --assets ASSETS", "docs/quality.md", "quality"),
     Program("benchmarks/compress_cost.py", "docs/quality.md, cost", "compress_cost"),

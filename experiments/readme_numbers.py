@@ -283,6 +283,75 @@ def one_budget() -> list[str]:
     return lines
 
 
+def few_bits_cost() -> list[str]:
+    """What one budget costs to make, beside the same bits everywhere."""
+    found = {(record.context["row"], record.name): record for record in read("few_bits_cost")}
+    if not found:
+        return []
+    rows = dict.fromkeys(row for row, _ in found)
+    base = {name: float(found["GPTQ", name].value or 1) for name in ("processor_time", "peak_memory")}
+    facts = found["GPTQ", "processor_time"].context
+    lines = [
+        f"What it takes ({found['GPTQ', 'processor_time'].subject}, {facts['sequences']} x {facts['length']} tokens, whole commands, one thread; `python "
+        "benchmarks/few_bits_cost.py MODEL --calibration TEXT`):",
+        "",
+        "| | processor seconds | peak memory, GB | times GPTQ's seconds | times its memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        seconds, memory = (float(found[row, name].value or 0) for name in base)
+        ratios = seconds / base["processor_time"], memory / base["peak_memory"]
+        lines.append(f"| {row} | {seconds:,.0f} | {memory / 1e9:.1f} | {ratios[0]:.1f} | {ratios[1]:.1f} |")
+    return [*lines, ""]
+
+
+def adapters() -> list[str]:
+    """`rankfold adapt` beside other ways to an adapter at equal bytes."""
+    records = read("adapters")
+    if not records:
+        return []
+    lines = [
+        "# Adapters of a difference",
+        "",
+        "`python benchmarks/adapters.py MODEL --calibration TEXT --text TEXT --tune TEXT`: rise of the loss over the target's, nat/token (in brackets the",
+        f"divergence from its predictions), at equal bytes. {records[0].context['base']}; NF4 (bitsandbytes) and GPTQ in 3 bits calibrated and compensated on",
+        "WikiText-2, a fine-tune of all weights on TinyStories. mergekit extracts by the truncated SVD, EoRA weighs the inputs alone; both at one rank.",
+        "",
+    ]
+    for pair in dict.fromkeys(record.context["pair"] for record in records):
+        own = {(r.subject, r.name): r for r in records if r.context["pair"] == pair}
+        dense = float(own["target", "loss"].value or 0)
+
+        def cell(subject: str, own: Mapping[tuple[str, str], Record] = own, dense: float = dense) -> str:
+            divergence = own[subject, "kl_to_dense"]
+            rise = float(own[subject, "loss"].value or 0) - dense
+            return f"{rise:.4f} ({divergence.value:.4f} ± {divergence.error or 0:.4f})"
+
+        made = [r for r in own.values() if r.name == "loss" and "rank" in r.context]
+        ranks = sorted({r.context["rank"] for r in made})
+        sizes = {rank: min(r.context["bytes"] for r in made if r.context["rank"] == rank) for rank in ranks}
+        tokens = own["target", "loss"].context["tokens"]
+        lines += [
+            f"| {pair}: without an adapter {cell('without')}; {tokens:,} tokens | "
+            + " | ".join(f"{sizes[rank] / 1e6:.1f} MB (rank {rank})" for rank in ranks)
+            + " |",
+            "|---" * (len(ranks) + 1) + "|",
+        ]
+        for way in dict.fromkeys(r.context["row"] for r in made):
+            cells = [cell(f"{way}, the bytes of rank {rank}") for rank in ranks]
+            lines.append(f"| {way} | " + " | ".join(cells) + " |")
+        lines.append("")
+    shown = [r for r in records if r.name == "loss" and "llama_cpp_distance" in r.context]
+    if shown:
+        listed = ", ".join(f"{r.context['pair']} {r.context['llama_cpp_distance']:.1e}" for r in shown)
+        lines += [
+            "The adapter of rank 8 in llama.cpp (converted by its own scripts, float32): distance of the logits from PEFT's, over what the adapter changes: "
+            f"{listed}.",
+            "",
+        ]
+    return lines
+
+
 def readme_budgets() -> str:
     """The README's other table: a real model at equal bytes, in few bits everywhere and with one budget."""
     records = [record for record in read("one_budget") if record.name == "loss"]
@@ -372,6 +441,8 @@ def quality_page() -> str:
     lines = [
         *grids(),
         *one_budget(),
+        *few_bits_cost(),
+        *adapters(),
         "# What each part is worth",
         "",
         "Perplexity on the last 30 % of the TinyStories sample, stories260K; ± as above.",
