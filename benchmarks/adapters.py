@@ -210,19 +210,20 @@ def main() -> None:
                 continue
             pair = bench.pair(which)
             made = adapters(bench, pair)
-            models = {"target": load_model(pair.target), "without": load_model(pair.base)}
-            models |= {row: load_model(made[row][0]) for row in made}
+            if arguments.llama_cpp:
+                row = f"{ONE_RANK}, the bytes of rank 8"
+                made[row][1].update(in_llama_cpp(arguments.llama_cpp, pair, made[row][0], work))
+                print(which, made[row][1], flush=True)
+            # Dense, since bitsandbytes' kernels take three times as long over many tokens; the numbers are the same.
+            models = {"target": load_model(pair.target), "without": load_model(pair.base, dense=True)}
+            models |= {row: load_model(made[row][0], dense=True) for row in made}
             found = rankfold.measure(
                 models, rankfold.load(folder)[1], text=pair.text, length=LENGTH, windows=WINDOWS, latency=False
             )
-            facts: dict[str, dict[str, Any]] = {row: known for row, (_, known) in made.items()}
-            if arguments.llama_cpp:
-                row = f"{ONE_RANK}, the bytes of rank 8"
-                facts[row] |= in_llama_cpp(arguments.llama_cpp, pair, made[row][0], work)
-                print(which, facts[row], flush=True)
             for record in found:
                 context: Any = record.context
-                context |= {"base": name, "pair": which, "seed": 0} | facts.get(record.subject, {})
+                context |= {"base": name, "pair": which, "seed": 0}
+                context |= made[record.subject][1] if record.subject in made else {}
                 if record.name == "loss":
                     print(which, record.subject, record.value, context.get("interval"), flush=True)
             results.append(found)

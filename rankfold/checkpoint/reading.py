@@ -75,7 +75,7 @@ def load_model(
     """
     device = chosen_device(device)
     if (Path(source) / ADAPTER).is_file():
-        return _with_adapters(Path(source), dtype, device, trust_remote_code)
+        return _with_adapters(Path(source), dtype, device, trust_remote_code, dense)
     check_source(source)
     with _reading(source):
         place, config = _config_of(source, trust_remote_code)
@@ -99,6 +99,9 @@ def load_model(
     if origin is not None:
         model = made_dense(model, source, origin)
         model.few_bits = origin
+        if dtype is not None:
+            # bitsandbytes gives only what it had in few bits the dtype that was asked for.
+            model = model.to(dtype)
     keep_storage(model)
     return (model if device is None or scheme is not None else model.to(device)).eval()
 
@@ -148,14 +151,14 @@ def _reading(source: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _with_adapters(folder: Path, dtype: Any, device: Any, trust_remote_code: bool) -> Any:
+def _with_adapters(folder: Path, dtype: Any, device: Any, trust_remote_code: bool, dense: bool) -> Any:
     """The model that a folder's adapters were trained over, with them."""
     try:
         from peft import PeftModel
     except ImportError as error:
         raise InputError(f"{folder}: adapters need PEFT: pip install 'rankfold[recovery]'") from error
     base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
-    model = load_model(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    model = load_model(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, dense=dense)
     return PeftModel.from_pretrained(model, folder).eval()
 
 

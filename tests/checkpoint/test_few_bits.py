@@ -48,6 +48,15 @@ def test_weights_of_bitsandbytes_become_dense(scheme: str, tmp_path: Path) -> No
         torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
 
 
+def test_what_becomes_dense_has_the_dtype_that_was_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'rankfold[quantization]'")
+    save(llama().to(torch.bfloat16), None, tmp_path / "dense")
+    save(quantize_by_library(tmp_path / "dense", "nf4")[0], None, tmp_path / "few")
+    model = load_model(tmp_path / "few", dtype=torch.float32, dense=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    save(model, None, tmp_path / "out")
+
+
 def compressed_again(model: Any, folder: Path) -> None:
     """What was made dense is compressed, written and loaded like any other model."""
     factorize(model, allocate(find_sites(model).select(), keep=0.6, method="svd"))
