@@ -10,9 +10,10 @@ from rankfold.quantization.embeddings import (
     find_embeddings,
     put_in_bits,
 )
+from rankfold.quantization.fitting import WIDTHS, fit, width_losses
 from rankfold.quantization.gptq import Groups, Levels, gptq, gptq_linear
 from rankfold.quantization.library import Summary, pad_ranks, quantize_by_library
-from rankfold.quantization.shared_budget import WIDTHS, compress_in_bits, fit, store_quantizations, width_losses
+from rankfold.quantization.shared_budget import compress_in_bits, store_quantizations
 from rankfold.quantization.spqr import Grid, Quantized, spqr, spqr_linear
 
 __all__ = [
