@@ -37,7 +37,7 @@ from rankfold.quantization import Groups, quantize_blocks, quantize_by_library
 from rankfold.recovery import Difference, check_relatives, difference_adapter, difference_plan, differences
 from rankfold.sites import find_sites
 
-LENGTH, SEQUENCES, WINDOWS, RANKS = 512, 32, 32, (2, 8, 32)
+LENGTH, SEQUENCES, WINDOWS, RANKS = 512, 32, 16, (2, 8, 32)
 TUNED_WINDOWS, TUNED_LENGTH, TUNED_BATCH = 160, 256, 8
 PLAIN, ONE_SIDED, ONE_RANK, OWN_RANKS = "truncated SVD", "inputs alone", "rankfold adapt", "rankfold adapt --compact"
 
@@ -214,12 +214,15 @@ def main() -> None:
                 row = f"{ONE_RANK}, the bytes of rank 8"
                 made[row][1].update(in_llama_cpp(arguments.llama_cpp, pair, made[row][0], work))
                 print(which, made[row][1], flush=True)
-            # Dense, since bitsandbytes' kernels take three times as long over many tokens; the numbers are the same.
-            models = {"target": load_model(pair.target), "without": load_model(pair.base, dense=True)}
-            models |= {row: load_model(made[row][0], dense=True) for row in made}
-            found = rankfold.measure(
-                models, rankfold.load(folder)[1], text=pair.text, length=LENGTH, windows=WINDOWS, latency=False
-            )
+            found: list[Any] = []
+            for rank in RANKS:
+                chosen = [row for row, (_, facts) in made.items() if facts["rank"] == rank]
+                # Dense, since bitsandbytes' kernels take three times as long over many tokens; the numbers are the same.
+                models = {"target": load_model(pair.target), "without": load_model(pair.base, dense=True)}
+                models |= {row: load_model(made[row][0], dense=True) for row in chosen}
+                found += rankfold.measure(
+                    models, rankfold.load(folder)[1], text=pair.text, length=LENGTH, windows=WINDOWS, latency=False
+                )
             for record in found:
                 context: Any = record.context
                 context |= {"base": name, "pair": which, "seed": 0}
