@@ -217,7 +217,7 @@ def main() -> None:
             found: list[Any] = []
             for rank in RANKS:
                 chosen = [row for row, (_, facts) in made.items() if facts["rank"] == rank]
-                # Dense, since bitsandbytes' kernels take three times as long over many tokens; the numbers are the same.
+                # Dense: bitsandbytes' kernels take three times as long over many tokens, for the same numbers.
                 models = {"target": load_model(pair.target), "without": load_model(pair.base, dense=True)}
                 models |= {row: load_model(made[row][0], dense=True) for row in chosen}
                 found += rankfold.measure(
