@@ -159,13 +159,13 @@ def compress(
             min=0,
             help="Workers on a Ray cluster that share the measuring (0: all in this process); every machine must find "
             "the model under the same name.",
-            rich_help_panel="Workers",
+            rich_help_panel="Calibration",
         ),
     ] = 0,
     ray: Annotated[
         str | None,
         typer.Option(
-            help="Address of the cluster, auto for this machine's (default: start one).", rich_help_panel="Workers"
+            help="Address of the cluster, auto for this machine's (default: start one).", rich_help_panel="Calibration"
         ),
     ] = None,
     overwrite: Overwrite = False,
