@@ -1,5 +1,6 @@
 """What the data says about each site."""
 
+from rankfold.calibration.accumulators import MomentAccumulator
 from rankfold.calibration.corpora import (
     BUNDLED,
     Corpus,
@@ -27,7 +28,6 @@ from rankfold.calibration.losses import (
 )
 from rankfold.calibration.moments import (
     BlockMoments,
-    MomentAccumulator,
     Observer,
     calibrate,
     calibrate_blocks,

@@ -127,6 +127,11 @@ def compress(  # noqa: PLR0913
         embeddings=embeddings, labels=labels, seed=seed,
         memory=parse_bytes(memory) if isinstance(memory, str) else memory,
     )  # fmt: skip
+    if (workers and nested) or (ray is not None and not workers):
+        raise InputError(
+            "A Ray cluster is used by `workers` (1 or more), which share the measuring for one budget: pass them with "
+            "`ray`, and not with `nested`."
+        )
     chosen = _chosen(model, sites)
     settings.check(model, chosen, budget)
     reading = None

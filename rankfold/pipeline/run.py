@@ -122,9 +122,6 @@ class Run:
             return replace(self._allocated(keep, losses), calibration=facts)
 
         if "bits" in settings.ways(self.budget):
-            if self.workers is not None and self.statistics is None:
-                self.statistics = self._measured()
-                visits = 2 * blocks * rounds
             return self._shared(keep, facts, f"{title}measuring inputs and gradients", visits * len(batches))
         if gradients and settings.entry.ordered is not None:
             advance = self.stage(f"{title}measuring inputs and gradients", visits * len(batches))
@@ -173,10 +170,12 @@ class Run:
             return replace(chosen, calibration={**chosen.calibration, **more})
 
         loss = summed_loss(self.model, self.labels, settings.seed)
+        workers = self.workers
+        source = None if workers is None else lambda rest: workers.moments(rest, advance)
         return compress_in_bits(
             self.model, self.sites, self.batches, loss=loss, allocate=allocated, rounds=rounds,
-            drift=settings.drift_for(self.budget), statistics=self.statistics, shelf=self.shelf, journal=self.journal,
-            on_step=advance,
+            drift=settings.drift_for(self.budget), statistics=self.statistics, source=source, shelf=self.shelf,
+            journal=self.journal, on_step=advance,
         )  # fmt: skip
 
     def _keep_of(self, share: float | None, saved: int) -> float | None:
@@ -235,7 +234,9 @@ class Run:
         """The moments of the dense model, measured here or by the workers."""
         advance = self.stage("measuring inputs and gradients", 2 * self.blocks * len(self.batches))
         if self.workers is not None:
-            return self.workers.statistics(self.sites, self.shelf, advance)
+            moments: Any = self.shelf
+            moments.update(self.workers.moments(self.sites, advance))
+            return Statistics(self.model, self.sites, moments)
         loss = summed_loss(self.model, self.labels, self.settings.seed)
         return calibrate(self.model, self.sites, self.batches, loss=loss, shelf=self.shelf, on_step=advance)
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.calibration import Observer, Statistics, is_reached, observed_blocks, summed_loss
+from rankfold.calibration import Observer, is_reached, observed_blocks, summed_loss
 from rankfold.checkpoint import load_model
 from rankfold.circumstances import versions
 from rankfold.compression import decomposed
 from rankfold.errors import InputError
-from rankfold.factorization import METHODS, Ordered
+from rankfold.factorization import METHODS, Ordered, SiteMoments
 from rankfold.fingerprint import fingerprint
 from rankfold.modules import linear_at
 from rankfold.progress import Step
@@ -150,16 +150,14 @@ class Workers:
         while running:
             yield from self._result(running.popleft()).items()
 
-    def statistics(self, sites: Sequence[Site], shelf: Shelf, on_step: Step) -> Statistics:
-        """The moments of all sites, as `calibrate` measures them.
+    def moments(self, sites: Sequence[Site], on_step: Step) -> Iterator[tuple[str, SiteMoments]]:
+        """The moments of each site, as `calibrate` measures them.
 
         Raises:
             ValueError: If a worker reads another model or other versions, or fails.
         """
-        moments: Any = shelf
         for _, parts in self._blocks(sites, on_step):
-            moments.update(_sum([self._result(part) for part in parts]).moments())
-        return Statistics(self._model, sites, moments)
+            yield from _sum([self._result(part) for part in parts]).moments().items()
 
     def _blocks(self, sites: Sequence[Site], on_step: Step) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
         """Of block after block the sites' names, and where each worker's sums lie."""

@@ -28,6 +28,9 @@ from rankfold.sites import Site
 Allocate = Callable[[Mapping[str, WidthLosses]], Plan]
 """From the predicted losses of every site to a plan."""
 
+Source = Callable[[Sequence[Site]], Iterator[tuple[str, SiteMoments]]]
+"""The moments of some sites of the dense model, by name, as they are measured."""
+
 
 def compress_in_bits(  # noqa: PLR0913
     model: Any,
@@ -39,6 +42,7 @@ def compress_in_bits(  # noqa: PLR0913
     rounds: int = 0,
     drift: float = 0.5,
     statistics: Statistics | None = None,
+    source: Source | None = None,
     shelf: Shelf | None = None,
     journal: Journal | None = None,
     on_step: Step = no_step,
@@ -55,6 +59,7 @@ def compress_in_bits(  # noqa: PLR0913
         drift: Share of the drift that is corrected, 0 to 1.
         statistics: What `calibrate` measured of the dense model, in place of the first measuring; what is derived of
             it is kept there, so that the next budget costs less.
+        source: Where the first round's moments come from; without it they are measured here.
         shelf: Where hidden states, the moments of every site and finished layers lie; without it in memory.
         journal: What an interrupted run has measured of the dense model, and this one does.
         on_step: Called after each batch has passed a block.
@@ -78,7 +83,14 @@ def compress_in_bits(  # noqa: PLR0913
             measured = Shelf() if shelf is None else shelf
             measured.clear()
         found = (
-            _measured(model, sites, batches, on_step, loss, measured, shelf)
+            _measured(
+                model,
+                sites,
+                batches,
+                on_step,
+                measured,
+                (not number and source) or partial(_here, model, batches, on_step, loss, shelf),
+            )
             if known is None
             else _given(model, sites, known)
         )
@@ -108,9 +120,8 @@ def _measured(
     sites: Sequence[Site],
     batches: Sequence[Mapping[str, Tensor]],
     on_step: Step,
-    loss: Loss,
     kept: MutableMapping[Any, SiteMoments],
-    shelf: Shelf | None,
+    source: Source,
 ) -> Iterator[tuple[str, SiteMoments]]:
     """Moments of one site after the other, which are kept; of those that are kept already nothing is measured."""
     done = [site.name for site in sites if site.name in kept]
@@ -121,11 +132,26 @@ def _measured(
     if not rest:
         for _ in range(2 * len({site.block for site in sites}) * len(batches)):
             on_step()
-    for block in calibrate_blocks(model, rest, batches, on_step, loss, shelf) if rest else ():
+    for name, moments in source(rest) if rest else ():
+        kept[name] = moments
+        # Not to be alive while the next block is measured, but where it is kept.
+        del moments
+        yield name, kept[name]
+
+
+def _here(
+    model: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    on_step: Step,
+    loss: Loss,
+    shelf: Shelf | None,
+    sites: Sequence[Site],
+) -> Iterator[tuple[str, SiteMoments]]:
+    """Moments of sites, measured block by block."""
+    for block in calibrate_blocks(model, sites, batches, on_step, loss, shelf):
         for name in list(block.moments):
             # Not to be alive while the next block is measured.
-            kept[name] = block.moments.pop(name)
-            yield name, kept[name]
+            yield name, block.moments.pop(name)
 
 
 def _given(model: Any, sites: Sequence[Site], statistics: Statistics) -> Iterator[tuple[str, SiteMoments]]:

@@ -94,6 +94,9 @@ def test_two_machines_make_the_model_that_one_process_makes(nodes: Any, folder: 
         rankfold.compress(model, keep=0.6, text=windows(8), batch_size=4, workers=3, ray=cluster.address)
     with pytest.raises(ValueError, match="'svd' does not factorize"):
         rankfold.compress(model, keep=0.6, method="svd", workers=2)
+    for choices in ({"ray": cluster.address}, {"workers": 2, "nested": True}):
+        with pytest.raises(ValueError, match=r"used by `workers`"):
+            rankfold.compress(model, keep=0.6, text=windows(24), **choices)
     with torch.no_grad():
         linear_at(model, "model.layers.0.mlp.up_proj").weight.mul_(2)
     with pytest.raises(ValueError, match=r"A worker failed: .*other weights than the model that was given"):
