@@ -40,10 +40,12 @@ environments: $(VENV)/ready $(OLDEST)/ready
 
 # Left out is what does not touch transformers, or is the same again.
 NOT_OLDEST = tests/factorization tests/allocation tests/golden tests/exploration tests/harness tests/reports \
-	tests/quality/test_sandbox.py tests/test_examples.py tests/test_docs.py tests/measurement/test_warning_signs.py
+	tests/quality/test_sandbox.py tests/test_examples.py tests/test_docs.py tests/measurement/test_warning_signs.py \
+	tests/pipeline/test_resume.py tests/pipeline/test_workers.py tests/recovery/test_scales.py tests/test_devices.py
 
 test-oldest: $(OLDEST)/ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 $(addprefix --ignore=,$(NOT_OLDEST)) tests
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -n 2 $(addprefix --ignore=,$(NOT_OLDEST)) \
+		--deselect tests/quantization/test_embeddings.py::test_a_limit_on_the_loss_is_shared_with_the_embeddings tests
 
 # Every architecture at both ends of the supported range, and docs/architectures.md; an interrupted run resumes.
 architectures: $(VENV)/ready $(OLDEST)/ready

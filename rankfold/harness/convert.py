@@ -25,8 +25,9 @@ LETTERS = "ABCDEFGH"
 def convert_data(source: Path, target: Path) -> dict[str, int]:
     """Convert all benchmark files that are recognized under a folder.
 
-    Recognized by their fields: ARC, HellaSwag, MMLU, WinoGrande, GSM8K and LAMBADA as JSONL (plain or `.gz`) with the
-    fields of the hub or with `query`, `choices` and `gold`, and the table `TruthfulQA.csv` of its authors.
+    Recognized by their names: ARC, HellaSwag, MMLU, WinoGrande, GSM8K, LAMBADA, PIQA, OpenBookQA and BoolQ as JSONL
+    (plain or `.gz`) with the fields of the hub or with `query`, `choices` and `gold`, and the table `TruthfulQA.csv` of
+    its authors.
 
     Returns:
         Rows by the name of the file written.
@@ -43,8 +44,9 @@ def convert_data(source: Path, target: Path) -> dict[str, int]:
             rows.setdefault(name, []).append({field: row[field] for field in _fields(name) if field in row})
     if not rows:
         raise InputError(
-            f"{source}: no benchmark is recognized here. Files of ARC, HellaSwag, MMLU, WinoGrande, GSM8K and LAMBADA "
-            "have the benchmark and the split in their names and end in .jsonl or .jsonl.gz; TruthfulQA is its .csv."
+            f"{source}: no benchmark is recognized here. Files of ARC, HellaSwag, MMLU, WinoGrande, GSM8K, LAMBADA, "
+            "PIQA, OpenBookQA and BoolQ have the benchmark and the split in their names and end in .jsonl or "
+            ".jsonl.gz; TruthfulQA is its .csv."
         )
     target.mkdir(parents=True, exist_ok=True)
     for name, found in rows.items():
@@ -133,6 +135,12 @@ def _lambada(rows: Iterable[Row], split: str, name: str) -> Iterator[Named]:
         yield f"lambada_openai.{split}", {"text": text}
 
 
+def _boolq(rows: Iterable[Row], split: str, name: str) -> Iterator[Named]:
+    for row in rows:
+        # The authors write true and false, the hub's copy 1 and 0.
+        yield f"boolq.{split}", {**row, "label": int(row["answer"] if "label" not in row else row["label"])}
+
+
 def _truthfulqa(file: Path) -> Iterator[Named]:
     """True and false answers from the table of arXiv:2109.07958; the first true one is the best."""
     with file.open(encoding="utf-8-sig", newline="") as opened:
@@ -165,5 +173,8 @@ CONVERTERS: dict[str, Callable[[Iterable[Row], str, str], Iterator[Named]]] = {
     "winogrande": _winogrande,
     "gsm8k": _plain("gsm8k"),
     "lambada": _lambada,
+    "piqa": _plain("piqa"),
+    "openbookqa": _plain("openbookqa"),
+    "boolq": _boolq,
 }
 """By what stands in the name of the file or of its folder."""

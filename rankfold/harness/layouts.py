@@ -72,8 +72,27 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("exact_match,strict-match", "exact_match,flexible-extract"),
     ),
     "lambada_openai": Benchmark("lambada/lambada_openai.yaml", {"test": "needed"}, {"text": str}),
+    "piqa": Benchmark(
+        "piqa/piqa.yaml",
+        {"validation": "needed", "train": "examples"},
+        {"goal": str, "sol1": str, "sol2": str, "label": int},
+        metrics=("acc", "acc_norm"),
+    ),
+    "openbookqa": Benchmark(
+        "openbookqa/openbookqa.yaml",
+        # The harness asks the questions of the test split where there is one.
+        {"validation": "needed", "test": "examples", "train": "examples"},
+        {"question_stem": str, "choices": dict, "answerKey": str},
+        metrics=("acc", "acc_norm"),
+    ),
+    "boolq": Benchmark(
+        "super_glue/boolq/default.yaml",
+        {"validation": "needed", "train": "examples"},
+        {**TEXT, "passage": str, "label": int},
+    ),
 }
-"""The six of arXiv:2405.06626 and GSM8K; LAMBADA asks for facts of a text."""
+"""The six of arXiv:2405.06626 and GSM8K; LAMBADA asks for words of a text; PIQA, OpenBookQA and BoolQ are what other
+papers on compression ask."""
 
 SHARED_FILES = {"truthfulqa_mc1": "truthfulqa", "truthfulqa_mc2": "truthfulqa"}
 """Benchmarks that are read from one file."""

@@ -84,6 +84,21 @@ def questions(data: Path, name: str) -> list[tuple[str, list[str], int]]:
             )
             for r in rows(data, "mmlu_anatomy.test")
         ]
+    if name == "piqa":
+        return [
+            (f"Question: {r['goal']}\nAnswer:", [f" {r['sol1']}", f" {r['sol2']}"], r["label"])
+            for r in rows(data, "piqa.validation")
+        ]
+    if name == "openbookqa":
+        return [
+            (r["question_stem"], [f" {t}" for t in r["choices"]["text"]], "ABCD".index(r["answerKey"]))
+            for r in rows(data, "openbookqa.validation")
+        ]
+    if name == "boolq":
+        return [
+            (f"{r['passage']}\nQuestion: {r['question']}?\nAnswer:", [" no", " yes"], r["label"])
+            for r in rows(data, "boolq.validation")
+        ]
     source = (TASKS / BENCHMARKS["truthfulqa_mc1"].task).read_text()
     prompt = jinja2.Template(yaml.safe_load(source)["doc_to_text"])
     targets = "mc1_targets" if name == "truthfulqa_mc1" else "mc2_targets"
@@ -93,7 +108,7 @@ def questions(data: Path, name: str) -> list[tuple[str, list[str], int]]:
     ]
 
 
-@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "mmlu", "truthfulqa_mc1"])
+@pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "mmlu", "truthfulqa_mc1", "piqa", "openbookqa", "boolq"])
 def test_a_direct_computation_chooses_the_same(data: Path, reader: tuple[Any, Any], name: str, tmp_path: Path) -> None:
     folder = data
     if name == "mmlu":

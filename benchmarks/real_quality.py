@@ -1,0 +1,265 @@
+"""A real model under every method: perplexity, the field's benchmarks, bytes and speed, one row after the other.
+
+    python benchmarks/real_quality.py MODEL --calibration TEXT --text TEXT --data FOLDER --work FOLDER
+    python benchmarks/real_quality.py ... --rows "rankfold, keep 0.8" LoRD     # rows whose names begin so
+
+MODEL is a folder, a GGUF file or a name on the hub. `--data` holds the benchmarks' files, in any layout that
+`rankfold convert-data` reads; every task asks its first `--limit` questions. All methods see the same calibration
+windows and none trains. Every model is written to `--work` and read from there; what was made or measured is neither
+made nor measured again, so an interrupted run goes on where it stopped. Each record holds the answers to all questions,
+so any two rows can be compared in pairs. Speed is timed beside the dense model, the two taking turns. Results:
+benchmarks/results/real_quality.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from quality import Subject, asvd, block_removal, perplexity_of
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent.parent / "experiments"))
+from results import Results, quiet
+
+import rankfold
+from rankfold.calibration import load_corpus
+from rankfold.checkpoint import load_model
+from rankfold.circumstances import Circumstances, circumstances
+from rankfold.cost import interleaved_latency
+from rankfold.harness import ask, convert_data
+from rankfold.measurement import evaluation_windows
+from rankfold.pipeline import read_text
+from rankfold.quality import next_token_quality, paired_difference, share
+from rankfold.quantization import Groups, quantize_blocks, quantize_by_library
+
+LENGTH, SEQUENCES, WINDOWS, GROUP = 512, 32, 64, 64
+KEEPS, BITS = (0.8, 0.9), (4, 3)
+BUDGETS = (4.3, 3.3)
+TASKS = (
+    "arc_easy", "arc_challenge", "hellaswag", "winogrande", "lambada_openai", "piqa", "openbookqa", "boolq",
+)  # fmt: skip
+SPEED = "speed"
+
+Make = Callable[["Bench"], Any]
+"""The model of a row."""
+
+
+class Bench:
+    """One dense model, its calibration windows and what is asked."""
+
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
+        self.folder, self.arguments = folder, arguments
+        self.dense, self.tokenizer = rankfold.load(folder)
+        reading = read_text(
+            self.dense, self.tokenizer, arguments.calibration, sequences=SEQUENCES, length=LENGTH, batch_size=4, seed=0
+        )
+        self.batches, self.facts = reading.batches, reading.facts
+        self.corpus = load_corpus(arguments.text)
+        self.text = evaluation_windows(self.tokenizer, self.corpus, LENGTH, WINDOWS)
+
+    def windows(self, count: int = SEQUENCES, seed: int = 0) -> Tensor:
+        """The first calibration windows."""
+        return torch.cat([batch["input_ids"] for batch in self.batches])[:count]
+
+    def here(self) -> Circumstances:
+        """What every record says."""
+        return circumstances(self.dense, seed=0, calibration=dict(self.facts))
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The same for the peers that were written again from their papers."""
+        windows = lambda count, seed: self.windows(count)  # noqa: E731
+        load = lambda: load_model(self.folder)  # noqa: E731
+        score = perplexity_of(self.text)
+        return Subject("", "", load, self.tokenizer, windows, SEQUENCES, score, "text", self.here())
+
+
+def ours(**choices: Any) -> Make:
+    """The one call that users make."""
+
+    def make(bench: Bench) -> Any:
+        model, tokenizer = rankfold.load(bench.folder)
+        rankfold.compress(model, tokenizer, text=bench.windows(), batch_size=4, seed=0, **choices)
+        return model
+
+    return make
+
+
+def peer(method: Callable[..., float], keep: float) -> Make:
+    """A method of `benchmarks/quality.py`."""
+
+    def make(bench: Bench) -> Any:
+        model = load_model(bench.folder)
+        method(bench.subject, model, keep, 0)
+        return model
+
+    return make
+
+
+def gptq(bits: int) -> Make:
+    """GPTQ of ours, the same bits everywhere."""
+
+    def make(bench: Bench) -> Any:
+        model = load_model(bench.folder)
+        quantize_blocks(model, bench.batches, "gptq", Groups(bits, GROUP))
+        return model
+
+    return make
+
+
+def library(scheme: str) -> Make:
+    """A scheme of bitsandbytes."""
+    return lambda bench: quantize_by_library(bench.folder, scheme)[0]
+
+
+def rows() -> Iterator[tuple[str, Make]]:
+    """All rows, in the order in which they are worth waiting for."""
+    yield "dense", lambda bench: load_model(bench.folder)
+    yield "NF4", library("nf4")
+    yield "INT8", library("int8")
+    for average in BUDGETS:
+        yield f"rankfold, {average:g} bits", ours(bits=average)
+    for keep in KEEPS:
+        yield f"rankfold, keep {keep:g}", ours(keep=keep)
+        yield f"LoRD, keep {keep:g}", ours(keep=keep, method="lord")
+        yield f"SVD-LLM (whitened), keep {keep:g}", ours(keep=keep, method="whitened")
+    for bits in BITS:
+        yield f"GPTQ, {bits} bits", gptq(bits)
+    for keep in KEEPS:
+        yield f"SVD, keep {keep:g}", ours(keep=keep, method="svd")
+        yield f"ASVD, keep {keep:g}", peer(asvd, keep)
+        yield f"block removal, keep {keep:g}", peer(block_removal, keep)
+
+
+class Row:
+    """A row and what is known of it."""
+
+    def __init__(self, bench: Bench, name: str, make: Make, base: str, results: Results) -> None:
+        self.bench, self.name, self.make, self.base, self.results = bench, name, make, base, results
+        self.folder = bench.arguments.work / base / name
+        self.facts: dict[str, Any] = {"base": base, "row": name}
+
+    @cached_property
+    def model(self) -> Any:
+        """The model as it comes from its folder, made first where it is not there."""
+        made = self.folder / "seconds"
+        if not made.exists():
+            start = time.perf_counter()
+            rankfold.save(self.make(self.bench), self.bench.tokenizer, self.folder)
+            made.write_text(f"{time.perf_counter() - start:.0f}")
+        self.facts["seconds_to_make"] = int(made.read_text())
+        self.facts["bytes"] = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        return load_model(self.folder)
+
+    def has(self, part: str) -> bool:
+        """Whether a part was measured."""
+        limit = self.bench.arguments.limit if part in TASKS else None
+        return self.results.has(self.name, base=self.base, part=part, limit=limit)
+
+    def add(self, part: str, values: Sequence[tuple[str, float, str, float | None, dict[str, Any]]]) -> None:
+        """Write one part: names, values, units, errors and facts of their own."""
+        here = self.bench.here()
+        limit = self.bench.arguments.limit if part in TASKS else None
+        shared = self.facts | {"part": part, "limit": limit}
+        self.results.append(
+            here.record(self.name, name, value, unit, error, **shared, **facts)
+            for name, value, unit, error, facts in values
+        )
+        shown = ", ".join(f"{name} {value:.4g}" for name, value, *_ in values)
+        print(f"{self.base} | {self.name} | {part}: {shown}", flush=True)
+
+    def loss(self) -> None:
+        """Loss on held-out text, and how far the predictions are from the dense model's."""
+        if self.has("loss"):
+            return
+        found = next_token_quality(self.model, self.bench.text, dense=self.bench.dense)
+        facts = {"data": self.bench.corpus.name, "tokens": found.tokens}
+        losses = [round(loss, 5) for loss in found.window_losses]
+        self.add(
+            "loss",
+            [
+                ("loss", found.loss, "nat/token", found.loss_error, facts | {"losses": losses}),
+                ("divergence", found.kl or 0.0, "nat/token", found.kl_error, facts),
+            ],
+        )
+
+    def benchmark(self, task: str, data: Path) -> None:
+        """Answers to the questions of one task."""
+        if self.has(task):
+            return
+        start = time.perf_counter()
+        answers = ask(
+            {self.name: self.model}, self.bench.tokenizer, task, folder=data, limit=self.bench.arguments.limit, seed=0
+        )[self.name]
+        values = []
+        for metric, found in answers.values.items():
+            mean = share(found) if {*found} <= {0.0, 1.0} else paired_difference(found, [0.0] * len(found))
+            facts = {
+                "metric": metric,
+                "items": len(found),
+                "answers": "".join(f"{value:.0f}" for value in found),
+                "lm_eval": answers.version,
+                "seconds": round(time.perf_counter() - start),
+            }
+            values.append((f"{task} {metric}", mean.value, "1", mean.error, facts))
+        self.add(task, values)
+
+    def speed(self) -> None:
+        """Tokens a second beside the dense model's, taking turns."""
+        if self.has(SPEED) or self.name == "dense":
+            return
+        found = interleaved_latency({"dense": self.bench.dense, self.name: self.model}, rounds=9)
+        dense, own = found["dense"], found[self.name]
+        facts = {"contended": own.contended}
+        self.add(
+            SPEED,
+            [
+                ("prefill over dense", dense.prefill_seconds / own.prefill_seconds, "1", None, facts),
+                ("decode over dense", (dense.decode_seconds or 0) / (own.decode_seconds or 1), "1", None, facts),
+            ],
+        )
+
+
+def main() -> None:
+    """Measure what is missing, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True, help="text to calibrate on")
+    parser.add_argument("--text", required=True, help="held-out text")
+    parser.add_argument("--data", required=True, type=Path, help="folder of the benchmarks' files")
+    parser.add_argument("--work", required=True, type=Path, help="folder for the models of all rows")
+    parser.add_argument("--rows", nargs="*", help="names of rows, or how they begin (default: all)")
+    parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
+    parser.add_argument("--limit", type=int, default=400, help="questions of each task")
+    results = Results("real_quality")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet()
+    base = Path(arguments.model).name.removesuffix(".gguf")
+    folder, data = arguments.work / base / "original", arguments.work / "data"
+    if not folder.is_dir():
+        model, tokenizer = rankfold.load(arguments.model, dtype=torch.bfloat16)
+        rankfold.save(model, tokenizer, folder)
+    if not data.is_dir():
+        convert_data(arguments.data, data)
+    bench = Bench(folder, arguments)
+    for name, make in rows():
+        if arguments.rows and not any(name.startswith(wanted) for wanted in arguments.rows):
+            continue
+        row = Row(bench, name, make, base, results)
+        row.loss()
+        row.speed()
+        for task in arguments.tasks:
+            row.benchmark(task, data)
+
+
+if __name__ == "__main__":
+    main()
