@@ -37,8 +37,10 @@ from rankfold.modules.linear import (
 from rankfold.modules.linear_stack import LinearStack, restack
 from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.module_weight import ModuleWeight
+from rankfold.modules.packed_linear import PackedLinear, pack_linears, unpack_linears
 from rankfold.modules.pivoted_linear import PivotedLinear
-from rankfold.modules.quantized_linear import QuantizedLinear, prefer
+from rankfold.modules.preferences import PREFERENCES, prefer
+from rankfold.modules.quantized_linear import QuantizedLinear
 from rankfold.modules.spqr_linear import SpQRLinear, pack, statistics, unpack
 from rankfold.modules.storages import QUANTIZERS, Quantizer, quantizer_at, settings_for
 from rankfold.modules.tucker_linear import TuckerLinear
@@ -46,6 +48,7 @@ from rankfold.modules.tucker_linear import TuckerLinear
 __all__ = [
     "FORMS",
     "JOINT_FORMS",
+    "PREFERENCES",
     "QUANTIZERS",
     "WHOLE_MATRIX",
     "WHOLE_ROW",
@@ -60,6 +63,7 @@ __all__ = [
     "LinearStack",
     "LowRankLinear",
     "ModuleWeight",
+    "PackedLinear",
     "PivotedLinear",
     "QuantizedLinear",
     "Quantizer",
@@ -79,6 +83,7 @@ __all__ = [
     "linear_shape",
     "matrix_of",
     "pack",
+    "pack_linears",
     "prefer",
     "put",
     "put_embeddings",
@@ -97,5 +102,6 @@ __all__ = [
     "stored_quantizations",
     "structure_of",
     "unpack",
+    "unpack_linears",
     "use_eager_experts",
 ]

@@ -10,8 +10,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankfold.errors import InputError
-
 FEW_ROWS, SOME_ROWS = 16, 128
 """Vectors up to which a kernel for few bits is faster than a 16-bit product, which is then bound by memory; and than
 such a product with a matrix that has to be multiplied out first."""
@@ -119,26 +117,3 @@ class QuantizedLinear(nn.Module):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.detach().clone())
         return dense
-
-
-PREFERENCES = ("balance", "memory", "speed")
-
-
-def prefer(model: nn.Module, what: str) -> None:
-    """What the layers in few bits of a model keep beside what is stored.
-
-    Args:
-        model: The model.
-        what: `balance`, as they do by default: the matrix of a kernel, or the whole one where there is no kernel.
-            `memory`: never the whole one, which without a kernel is multiplied out at every call. `speed`: both, since
-            passes over many tokens multiply by the whole one, which otherwise is made anew for each.
-
-    Raises:
-        ValueError: If it is none of these.
-    """
-    if what not in PREFERENCES:
-        raise InputError(f"Layers in few bits can prefer {', '.join(PREFERENCES)}, but got {what!r}.")
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.prefers = what
-            module._forget()

@@ -12,6 +12,7 @@ from torch import Tensor
 from rankfold.calibration import BUNDLED, Corpus, Statistics, calibrate, summed_loss, usual_labels
 from rankfold.compression import nest
 from rankfold.errors import InputError
+from rankfold.modules import unpack_linears
 from rankfold.pipeline.budget import Budget, parse_bytes
 from rankfold.pipeline.reading import Reading, read_text
 from rankfold.pipeline.run import Run, note
@@ -132,6 +133,7 @@ def compress(  # noqa: PLR0913
             "A Ray cluster is used by `workers` (1 or more), which share the measuring for one budget: pass them with "
             "`ray`, and not with `nested`."
         )
+    unpack_linears(model)
     chosen = _chosen(model, sites)
     settings.check(model, chosen, budget)
     reading = None

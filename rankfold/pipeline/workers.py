@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from rankfold.shelf import Shelf
 from rankfold.sites import Site, find_sites
 
 RETRIES = 3
-"""How often a worker's part is done again when its machine is lost."""
+"""How often a block is factorized again when the machine that did so is lost."""
 
-AHEAD = 4
-"""Results of a worker that may wait for the others: two for each block."""
+AHEAD = 2
+"""Blocks of a worker that may wait for the others'."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ def share_of_machine(device: str) -> dict[str, int]:
 class Workers:
     """Workers that measure one model together; each loads it from where it came from.
 
-    The moments are sums over the text, so each worker walks through the blocks with its share of the batches, and what
-    they saw of a block is added up, and factorized, by whichever is free. A worker that is lost costs its part of the
-    work: another one does that again.
+    The moments are sums over the text, so each worker walks through the blocks with its share of the batches; what
+    they saw of a block is added up here, and factorized by whichever is free. A worker that is lost costs its part of
+    the work: another one does that again, beside its own.
     """
 
     def __init__(
@@ -139,12 +139,13 @@ class Workers:
         Raises:
             ValueError: If a worker reads another model or other versions, or fails.
         """
-        # Beside the measuring, which holds all processors until what it found is taken.
-        work = self._task(_factorized, {"num_cpus": 0})
+        # Beside the measuring, which holds all processors until its end.
+        options = {"num_cpus": 0, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
+        work = self._ray.remote(**options)(_factorized)
         running: deque[Any] = deque()
-        for names, parts in self._blocks(sites, on_step):
-            layers = {name: linear_at(self._model, name) for name in names}
-            running.append(work.remote(method, layers, *parts))
+        for seen in self._blocks(sites, on_step):
+            layers = {name: linear_at(self._model, name) for name in seen.names}
+            running.append(work.remote(method, layers, seen))
             if len(running) > len(self._shares):
                 yield from self._result(running.popleft()).items()
         while running:
@@ -156,11 +157,11 @@ class Workers:
         Raises:
             ValueError: If a worker reads another model or other versions, or fails.
         """
-        for _, parts in self._blocks(sites, on_step):
-            yield from _sum([self._result(part) for part in parts]).moments().items()
+        for seen in self._blocks(sites, on_step):
+            yield from seen.moments().items()
 
-    def _blocks(self, sites: Sequence[Site], on_step: Step) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
-        """Of block after block the sites' names, and where each worker's sums lie."""
+    def _blocks(self, sites: Sequence[Site], on_step: Step) -> Iterator[Observer]:
+        """What all workers saw of block after block."""
         job = Job(
             source=self._source,
             digest=self._digest,
@@ -172,32 +173,112 @@ class Workers:
             seed=self._seed,
             memory=self._memory,
         )
-        settings = {"num_returns": "streaming", "_generator_backpressure_num_objects": AHEAD}
-        # Ray looks for a generator function, which what a runtime type checker makes of `_observed` is not.
-        task = self._task(lambda *given: (yield from _observed(*given)), share_of_machine(self.device), **settings)
-        streams = [task.remote(job, number, share) for number, share in enumerate(self._shares)]
+        # A worker that is lost is not started again: another takes its share, since its machine may not come back.
+        options = {**share_of_machine(self.device), "max_restarts": 0, "scheduling_strategy": "SPREAD"}
+        reader = self._ray.remote(**options)(_Reader)
+        walks = Walks(self._ray, [reader.remote() for _ in self._shares], job, self._shares)
         batches = sum(map(len, self._shares))
-        for named in zip_longest(*streams):
-            names, *_ = [self._result(name) for name in named]
-            parts = [next(stream) for stream in streams]
-            for _ in range(2 * batches):
-                on_step()
-            yield names, parts
+        try:
+            while (seen := self._sum(walks)) is not None:
+                for _ in range(2 * batches):
+                    on_step()
+                yield seen
+        finally:
+            walks.close()
 
-    def _task(self, function: Callable[..., Any], needs: Mapping[str, int], **settings: Any) -> Any:
-        return self._ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD", **needs, **settings)(function)
+    def _sum(self, walks: Walks) -> Observer | None:
+        """What all workers saw of the next block, in the order of the shares; `None` after the last."""
+        seen: Observer | None = None
+        for number in range(len(self._shares)):
+            part = self._told(lambda: walks.next(number))  # noqa: B023
+            if seen is None:
+                seen = part
+            elif part is not None:
+                seen.add(part)
+        return seen
 
     def _result(self, reference: Any) -> Any:
+        return self._told(lambda: self._ray.get(reference))
+
+    def _told(self, get: Callable[[], Any]) -> Any:
+        """What comes from a worker; what goes wrong there is said here."""
         try:
-            return self._ray.get(reference)
+            return get()
         except self._ray.exceptions.RayTaskError as error:
             raise InputError(f"A worker failed: {error.cause}") from error
         except self._ray.exceptions.RayError as error:
             raise InputError(f"Workers were lost and their work could not be done again: {error}") from error
 
 
-def _observed(job: Job, number: int, batches: list[dict[str, Tensor]]) -> Iterator[Any]:
-    """What a worker does: of every block its sites' names, then its sums over a share of the batches."""
+class Walks:
+    """Every share's walk through the blocks, each on one of the readers; those of a lost reader go to another."""
+
+    def __init__(self, ray: Any, readers: Sequence[Any], job: Job, shares: Sequence[list[dict[str, Tensor]]]) -> None:
+        self._ray, self._readers, self._job, self._shares = ray, list(readers), job, shares
+        self._taken = [0] * len(shares)
+        self._of: dict[int, Any] = {}
+        self._waiting: dict[int, deque[Any]] = {}
+        for number, reader in enumerate(readers):
+            self._begin(number, reader)
+
+    def next(self, number: int) -> Observer | None:
+        """What a share's walk saw of its next block; `None` after the last.
+
+        Raises:
+            ray.exceptions.RayError: If the reader failed, or all are lost.
+        """
+        lost = (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError)
+        while True:
+            try:
+                seen: Observer | None = self._ray.get(self._waiting[number][0])
+            except lost:
+                self._hand_on(self._of[number])
+                continue
+            self._waiting[number].popleft()
+            self._taken[number] += 1
+            self._ask(number)
+            return seen
+
+    def close(self) -> None:
+        """Let the readers go."""
+        for reader in self._readers:
+            self._ray.kill(reader)
+
+    def _begin(self, number: int, reader: Any) -> None:
+        self._of[number], self._waiting[number] = reader, deque()
+        reader.begin.remote(self._job, number, self._shares[number], self._taken[number])
+        for _ in range(AHEAD):
+            self._ask(number)
+
+    def _ask(self, number: int) -> None:
+        self._waiting[number].append(self._of[number].block.remote(number))
+
+    def _hand_on(self, reader: Any) -> None:
+        """Share out the walks of a lost reader; without any other the loss is told."""
+        self._readers = [other for other in self._readers if other is not reader]
+        if not self._readers:
+            raise self._ray.exceptions.RayActorError(error_msg="all workers were lost")
+        for place, number in enumerate([number for number, owner in self._of.items() if owner is reader]):
+            self._begin(number, self._readers[place % len(self._readers)])
+
+
+class _Reader:
+    """What runs on a worker's machine: walks over one or more shares, each with a model of its own."""
+
+    def __init__(self) -> None:
+        self._walks: dict[int, Iterator[Observer]] = {}
+
+    def begin(self, job: Job, number: int, batches: list[dict[str, Tensor]], taken: int) -> None:
+        """Start a walk, past the blocks that were taken already."""
+        self._walks[number] = islice(_observed(job, number, batches), taken, None)
+
+    def block(self, number: int) -> Observer | None:
+        """What a walk sees of its next block."""
+        return next(self._walks[number], None)
+
+
+def _observed(job: Job, number: int, batches: list[dict[str, Tensor]]) -> Iterator[Observer]:
+    """What a worker does: of every block its sums over a share of the batches."""
     torch.set_num_threads(1)
     here = versions()
     if here != job.versions:
@@ -216,29 +297,19 @@ def _observed(job: Job, number: int, batches: list[dict[str, Tensor]]) -> Iterat
     loss = summed_loss(model, job.labels, job.seed + number)
     moved = [_moved(batch, job.device) for batch in batches]
     for _, observer in observed_blocks(model, sites, moved, loss=loss, shelf=Shelf(job.memory)):
-        yield observer.names
         yield observer.to_cpu()
 
 
 @torch.no_grad()
-def _factorized(method: str, layers: dict[str, Any], *parts: Observer) -> dict[str, Ordered]:
+def _factorized(method: str, layers: dict[str, Any], seen: Observer) -> dict[str, Ordered]:
     """The factors of a block's sites, from what all workers saw."""
     decompose = METHODS[method].ordered
     assert decompose is not None, "asked before"
-    moments = _sum(parts).moments()
     return {
         name: decomposed(name, layers[name], known, decompose)
-        for name, known in moments.items()
+        for name, known in seen.moments().items()
         if is_reached(known, gradients=True)
     }
-
-
-def _sum(parts: Sequence[Observer]) -> Observer:
-    """What several workers saw, all of which are used up."""
-    first, *others = parts
-    for other in others:
-        first.add(other)
-    return first
 
 
 def _moved(batch: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:

@@ -72,12 +72,17 @@ COMPILED = """
 import sys, torch
 import rankfold
 from rankfold.checkpoint import load_model
+from rankfold.modules import prefer
 torch.set_num_threads(1)
 model = load_model(sys.argv[1])
 ids = torch.arange(3, 27).reshape(2, 12)
 with torch.no_grad():
     expected = model(input_ids=ids).logits
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(input_ids=ids).logits, expected)
+    prefer(model.bfloat16(), "speed")
+    expected = model(input_ids=ids).logits
+    found = torch.compile(model, backend="aot_eager")(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 """
 
 
