@@ -36,6 +36,7 @@ from rankfold.circumstances import Circumstances, circumstances
 from rankfold.cost import interleaved_latency
 from rankfold.harness import ask, convert_data
 from rankfold.measurement import evaluation_windows
+from rankfold.modules import prefer
 from rankfold.pipeline import read_text
 from rankfold.quality import next_token_quality, paired_difference, share
 from rankfold.quantization import Groups, quantize_blocks, quantize_by_library
@@ -47,6 +48,7 @@ TASKS = (
     "arc_easy", "arc_challenge", "hellaswag", "winogrande", "lambada_openai", "piqa", "openbookqa", "boolq",
 )  # fmt: skip
 SPEED = "speed"
+NF4, SAME_BYTES = "NF4", "rankfold, NF4's bytes"
 
 Make = Callable[["Bench"], Any]
 """The model of a row."""
@@ -55,9 +57,9 @@ Make = Callable[["Bench"], Any]
 class Bench:
     """One dense model, its calibration windows and what is asked."""
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
-        self.folder, self.arguments = folder, arguments
-        self.dense, self.tokenizer = rankfold.load(folder)
+    def __init__(self, place: Path, arguments: argparse.Namespace) -> None:
+        self.place, self.folder, self.arguments = place, place / "original", arguments
+        self.dense, self.tokenizer = rankfold.load(self.folder)
         reading = read_text(
             self.dense, self.tokenizer, arguments.calibration, sequences=SEQUENCES, length=LENGTH, batch_size=4, seed=0
         )
@@ -93,6 +95,17 @@ def ours(**choices: Any) -> Make:
     return make
 
 
+def same_bytes(bench: Bench) -> Any:
+    """The one call, with as many bytes as NF4 takes."""
+    # A file's header is not part of a budget of bytes.
+    return ours(bytes=stored(bench.place / NF4) - 200_000)(bench)
+
+
+def stored(folder: Path) -> int:
+    """Bytes of a checkpoint's weights."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def peer(method: Callable[..., float], keep: float) -> Make:
     """A method of `benchmarks/quality.py`."""
 
@@ -123,7 +136,8 @@ def library(scheme: str) -> Make:
 def rows() -> Iterator[tuple[str, Make]]:
     """All rows, in the order in which they are worth waiting for."""
     yield "dense", lambda bench: load_model(bench.folder)
-    yield "NF4", library("nf4")
+    yield NF4, library("nf4")
+    yield SAME_BYTES, same_bytes
     yield "INT8", library("int8")
     for average in BUDGETS:
         yield f"rankfold, {average:g} bits", ours(bits=average)
@@ -144,7 +158,7 @@ class Row:
 
     def __init__(self, bench: Bench, name: str, make: Make, base: str, results: Results) -> None:
         self.bench, self.name, self.make, self.base, self.results = bench, name, make, base, results
-        self.folder = bench.arguments.work / base / name
+        self.folder = bench.place / name
         self.facts: dict[str, Any] = {"base": base, "row": name}
 
     @cached_property
@@ -156,8 +170,10 @@ class Row:
             rankfold.save(self.make(self.bench), self.bench.tokenizer, self.folder)
             made.write_text(f"{time.perf_counter() - start:.0f}")
         self.facts["seconds_to_make"] = int(made.read_text())
-        self.facts["bytes"] = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
-        return load_model(self.folder)
+        self.facts["bytes"] = stored(self.folder)
+        model = load_model(self.folder)
+        prefer(model, "speed")
+        return model
 
     def has(self, part: str) -> bool:
         """Whether a part was measured."""
@@ -213,19 +229,22 @@ class Row:
         self.add(task, values)
 
     def speed(self) -> None:
-        """Tokens a second beside the dense model's, taking turns."""
+        """Tokens a second beside the dense model's, taking turns: as both are loaded, and as both are fastest."""
         if self.has(SPEED) or self.name == "dense":
             return
-        found = interleaved_latency({"dense": self.bench.dense, self.name: self.model}, rounds=9)
-        dense, own = found["dense"], found[self.name]
-        facts = {"contended": own.contended}
-        self.add(
-            SPEED,
-            [
+        models = {"dense": self.bench.dense, self.name: self.model}
+        values = []
+        for what in ("balance", "speed"):
+            for model in models.values():
+                prefer(model, what)
+            found = interleaved_latency(models, rounds=9)
+            dense, own = found["dense"], found[self.name]
+            facts = {"contended": own.contended, "group": what}
+            values += [
                 ("prefill over dense", dense.prefill_seconds / own.prefill_seconds, "1", None, facts),
                 ("decode over dense", (dense.decode_seconds or 0) / (own.decode_seconds or 1), "1", None, facts),
-            ],
-        )
+            ]
+        self.add(SPEED, values)
 
 
 def main() -> None:
@@ -244,13 +263,13 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet()
     base = Path(arguments.model).name.removesuffix(".gguf")
-    folder, data = arguments.work / base / "original", arguments.work / "data"
-    if not folder.is_dir():
+    place, data = arguments.work / base, arguments.work / "data"
+    if not (place / "original").is_dir():
         model, tokenizer = rankfold.load(arguments.model, dtype=torch.bfloat16)
-        rankfold.save(model, tokenizer, folder)
+        rankfold.save(model, tokenizer, place / "original")
     if not data.is_dir():
         convert_data(arguments.data, data)
-    bench = Bench(folder, arguments)
+    bench = Bench(place, arguments)
     for name, make in rows():
         if arguments.rows and not any(name.startswith(wanted) for wanted in arguments.rows):
             continue

@@ -60,7 +60,7 @@ def allocate(  # noqa: PLR0913
     method: str | None = None,
     allocation: str | None = None,
     form: str | None = None,
-    multiple: int = 1,
+    multiple: int | None = None,
     losses: Mapping[str, Sequence[float]] | Mapping[str, WidthLosses] | None = None,
     allow: Sequence[str] | None = None,
     price: str | Price | None = None,
@@ -78,7 +78,8 @@ def allocate(  # noqa: PLR0913
             otherwise `whitened`.
         allocation: A key of `ALLOCATIONS`; by default `knapsack` if losses are known, otherwise `uniform`.
         form: A key of `rankfold.modules.FORMS`; by default the method's own.
-        multiple: Ranks are rounded down to a multiple of this.
+        multiple: Ranks are rounded down to a multiple of this; by default the knapsack chooses among multiples of
+            about a 32nd of the full rank, others among all ranks.
         losses: Predicted loss of every site at each rank from 0 to full, in place of those of the statistics; or in
             each width too (`rankfold.quantization.width_losses`), for a budget over bits and ranks.
         allow: With such losses, what the budget may be spent on: `rank`, `bits` or both, as by default.
@@ -97,7 +98,9 @@ def allocate(  # noqa: PLR0913
     price = price or ("parameters" if widths is None else "bytes")
     _check(sites, keep, rank, method, allocation, multiple, price)
     if widths is not None:
-        return _shared(sites, widths, Allowance(keep or 0.0, price), method, allocation, allow or WAYS, multiple, seed)
+        return _shared(
+            sites, widths, Allowance(keep or 0.0, price), method, allocation, allow or WAYS, multiple or 1, seed
+        )
     curves: Mapping[str, Any] | None = losses
     entry, chosen = ALLOCATIONS[allocation], METHODS[method]
     form = form_for(method, form)
@@ -105,7 +108,7 @@ def allocate(  # noqa: PLR0913
     if rank is not None:
         if entry.needs_losses:
             raise InputError(f"The allocation {allocation} distributes a budget: pass `keep` instead of a `rank`.")
-        options = at_rank(sites, form, rank, multiple=multiple, adds_bias=chosen.adds_bias)
+        options = at_rank(sites, form, rank, multiple=multiple or 1, adds_bias=chosen.adds_bias)
     else:
         assert keep is not None, "one of keep and rank is given"
         if entry.needs_losses and curves is None:
@@ -176,7 +179,7 @@ def _check(
     rank: int | None,
     method: str,
     allocation: str,
-    multiple: int,
+    multiple: int | None,
     price: str | Price,
 ) -> None:
     for name, value, known in (("method", method, METHODS), ("allocation", allocation, ALLOCATIONS)):
@@ -186,7 +189,7 @@ def _check(
         raise InputError(f"Exactly one of keep and rank must be given, but got keep={keep} and rank={rank}.")
     if keep is not None and not 0 < keep <= 1:
         raise InputError(f"keep is the fraction of parameters kept and must lie in (0, 1], but got {keep:g}.")
-    if multiple < 1:
+    if multiple is not None and multiple < 1:
         raise InputError(f"Ranks can be lowered to a multiple of 1 or more, but got {multiple}.")
     if isinstance(price, str) and price not in PRICES:
         raise InputError(f"A budget is counted in {' or '.join(PRICES)}, or by a function, but got {price!r}.")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rankfold.allocation.ranks import break_even_rank, dense_option, groups, option_at, round_rank
+from rankfold.allocation.ranks import break_even_rank, dense_option, groups, option_at, round_rank, usual_multiple
 from rankfold.errors import InputError
 from rankfold.modules import form_at, stored_bytes, stored_parameters
 from rankfold.plan import Option
@@ -96,7 +96,7 @@ def site_options(
     form: str,
     losses: Mapping[str, Sequence[float]] | None = None,
     *,
-    multiple: int = 1,
+    multiple: int | None = None,
     adds_bias: bool = False,
 ) -> list[SiteOptions]:
     """Every rank of every site at which a form stores less than the matrix, and staying dense.
@@ -106,7 +106,8 @@ def site_options(
         form: The form of factorized sites.
         losses: Predicted loss of each site at every rank from 0 to full. Where given, sites without an entry can
             only stay dense.
-        multiple: Ranks are multiples of this, or below it.
+        multiple: Ranks are multiples of this, or below it; by default every rank is offered, or where losses are
+            compared multiples that leave few shapes (`usual_multiple`).
         adds_bias: Whether the method gives a bias to sites that have none.
     """
     result = []
@@ -120,10 +121,15 @@ def site_options(
 
 
 def _of_group(
-    group: Sequence[Site], form: str, losses: Mapping[str, Sequence[float]] | None, multiple: int, adds_bias: bool
+    group: Sequence[Site],
+    form: str,
+    losses: Mapping[str, Sequence[float]] | None,
+    multiple: int | None,
+    adds_bias: bool,
 ) -> SiteOptions:
     site, count = group[0], len(group)
     full = min(site.out_features, site.in_features)
+    multiple = multiple or (1 if losses is None else usual_multiple(full))
     bias = site.bias or adds_bias
     shape = (site.out_features, site.in_features)
     ranks, parameters, stored = _columns(form, shape, bias, site.bytes_per_parameter, multiple, site.bias)

@@ -9,6 +9,12 @@ from rankfold.modules import form_at, largest_rank, stored_bytes, stored_paramet
 from rankfold.plan import Option
 from rankfold.sites import Site
 
+STEPS = 32
+"""At least so many ranks are told apart."""
+
+FEW_RANKS = 192
+"""Below this full rank a matrix keeps all of them."""
+
 
 def rank_within(form: str, site: Site, budget: int, bias: bool) -> int:
     """Largest rank whose form needs at most `budget` numbers, bias included; 0 where none does.
@@ -82,6 +88,19 @@ def round_rank(rank: int, multiple: int) -> int:
     (64, 50)
     """
     return rank - rank % multiple if rank >= multiple else rank
+
+
+def usual_multiple(full_rank: int) -> int:
+    """The multiple of ranks of a matrix where losses are compared: the power of two at a 32nd of its full rank.
+
+    Libraries compile a kernel for every shape that they meet. Ranks that all differ make a hundred shapes or more, each
+    of which costs time in the first pass over so many tokens, and memory (docs/log.md); steps this fine cost the plan
+    nothing that can be measured. Narrow matrices keep every rank.
+
+    >>> usual_multiple(576), usual_multiple(4096), usual_multiple(128)
+    (16, 128, 1)
+    """
+    return 1 if full_rank < FEW_RANKS else 2 ** (full_rank // STEPS).bit_length() // 2
 
 
 def groups(sites: Sequence[Site]) -> list[list[Site]]:

@@ -91,13 +91,14 @@ def compress(
     ] = None,
     sites: SiteNames = None,
     multiple: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
-            help="Round ranks down to a multiple of this, for fast kernels (0: find a fast one by timing).",
+            help="Round ranks down to a multiple of this, for fast kernels (default: about a 32nd of the full rank if "
+            "losses are compared; 0: find a fast one by timing).",
             rich_help_panel="Method",
         ),
-    ] = 1,
+    ] = None,
     refine: Annotated[
         int,
         typer.Option(

@@ -14,6 +14,7 @@ from rankfold.cli.terminal import check_records, print_table, say, stages, write
 from rankfold.cost import open_meter
 from rankfold.measurement import HELD_OUT_TEXTS, table
 from rankfold.measurement import measure as measure_models
+from rankfold.modules import PREFERENCES, prefer
 
 
 def told(line: str) -> None:
@@ -43,6 +44,15 @@ def measure(
             min=1, help="Batch size to time; repeat it, for example 1 to 64 (default: 1).", rich_help_panel="Cost"
         ),
     ] = None,
+    preference: Annotated[
+        str,
+        typer.Option(
+            "--prefer",
+            help=f"What layers keep in memory: {', '.join(PREFERENCES)}. With speed 16-bit layers are reordered for "
+            "the CPU, and those in few bits keep a 16-bit copy for prompts.",
+            rich_help_panel="Cost",
+        ),
+    ] = "balance",
     watts: Annotated[
         float | None,
         typer.Option(min=0, help="Power to assume if there is no energy counter: an estimate.", rich_help_panel="Cost"),
@@ -57,6 +67,8 @@ def measure(
     folders = {name: str(source) for name, source in names.items() if (Path(str(source)) / "config.json").is_file()}
     check_records(output)
     models = {name: load_model(str(source), dtype=to_dtype(dtype), device=device) for name, source in names.items()}
+    for loaded in models.values():
+        prefer(loaded, preference)
     with stages() as stage:
         records = measure_models(
             models, load_tokenizer(model), text=text or HELD_OUT_TEXTS, labels=labels, length=length, windows=windows,

@@ -51,6 +51,9 @@ def interleaved_latency(
 ) -> dict[str, Latency]:
     """Time models side by side: in every round each prefills a prompt and decodes a few tokens.
 
+    Every turn begins with a pass that is not timed, since what a model finds in caches, of weights and of kernels that
+    a library compiles for each shape (oneDNN keeps 1,024), would otherwise be what the model before it left there.
+
     Args:
         models: Models by name, on one device.
         prompt_tokens: Length of the prompt.
@@ -67,6 +70,7 @@ def interleaved_latency(
     for number in range(rounds + 1):
         cpu_start, wall_start = time.process_time(), time.perf_counter()
         for name, model in models.items():
+            one_round(model, prompt_tokens, 1, batch_size)
             prefill, decode = one_round(model, prompt_tokens, decoded_tokens, batch_size)
             if number:
                 times[name][0].append(prefill)

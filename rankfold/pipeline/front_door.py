@@ -41,7 +41,7 @@ def compress(  # noqa: PLR0913
     allocation: str | None = None,
     form: str | None = None,
     allow: str | Sequence[str] | None = None,
-    multiple: int = 1,
+    multiple: int | None = None,
     effort: str = "default",
     rounds: int | None = None,
     drift: float | None = None,
@@ -83,7 +83,8 @@ def compress(  # noqa: PLR0913
         allocation: A key of `rankfold.allocation.ALLOCATIONS`; by default the one that suits method and budget.
         form: A key of `rankfold.modules.FORMS`; by default the method's own.
         allow: What the budget may be spent on: `rank`, `bits`, or both (`"rank,bits"`).
-        multiple: Ranks are rounded down to a multiple of this.
+        multiple: Ranks are rounded down to a multiple of this; by default the knapsack chooses among multiples of
+            about a 32nd of the full rank, since CPUs and accelerators are slow at many different shapes.
         effort: `quick` calibrates on 32 sequences and measures once; `default` on 128; `best` measures twice again on
             the compressed model and corrects its drift.
         rounds: Rounds after the first in which statistics are re-measured, for ordered methods; by default those of

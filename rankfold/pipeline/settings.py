@@ -57,8 +57,8 @@ class Settings:
     """A key of `rankfold.modules.FORMS`; without it the method's own."""
     allow: tuple[str, ...] | None = None
     """What the budget may be spent on (`rankfold.allocation.WAYS`); without it what suits method and budget."""
-    multiple: int = 1
-    """Ranks are lowered to a multiple of this."""
+    multiple: int | None = None
+    """Ranks are lowered to a multiple of this; without it to one that suits the allocation."""
     rounds: int | None = None
     """Rounds after the first in which statistics are measured again, for methods that are ordered; without them those
     of the effort."""
@@ -102,10 +102,11 @@ class Settings:
             raise InputError(
                 f"`embeddings` must be 2 to 8 bits, or {UNTOUCHED} to leave them, but got {self.embeddings}."
             )
-        if (self.rounds or 0) < 0 or not 0 <= (self.drift or 0) <= 1 or self.multiple < 1 or self.refine < 0:
+        multiple = 1 if self.multiple is None else self.multiple
+        if (self.rounds or 0) < 0 or not 0 <= (self.drift or 0) <= 1 or multiple < 1 or self.refine < 0:
             raise InputError(
                 "`rounds` and `refine` must be >= 0, `drift` in [0, 1] and `multiple` >= 1, but got "
-                f"{self.rounds}, {self.refine}, {self.drift} and {self.multiple}."
+                f"{self.rounds}, {self.refine}, {self.drift} and {multiple}."
             )
 
     @property

@@ -61,6 +61,20 @@ def test_a_full_budget_keeps_everything_dense() -> None:
     assert plan.predicted_loss == plan.bound == 0
 
 
+def test_wide_matrices_get_few_different_ranks() -> None:
+    sites = [site(f"{number}", 640, 512) for number in range(24)]
+    losses = {site.name: [(1 + seed) * loss**4 for loss in falling(512, seed)] for seed, site in enumerate(sites)}
+    chosen = {
+        multiple: allocate(sites, keep=0.7, method="kfac", form="low_rank", losses=losses, multiple=multiple)
+        for multiple in (None, 1)
+    }
+    ranks = {n: {o.ranks[0] for o in plan.factorized} for n, plan in chosen.items()}
+    assert all(rank % 16 == 0 or rank < 16 for rank in ranks[None])
+    assert len(ranks[None]) < len(ranks[1])
+    predicted = {n: sum(o.loss for o in plan.options) for n, plan in chosen.items()}
+    assert predicted[1] <= predicted[None] <= 1.05 * predicted[1]
+
+
 def test_ranks_are_multiples_and_no_site_falls_below_its_floor() -> None:
     sites = [site(f"s{i}", 256, 512) for i in range(4)]
     losses = {s.name: [v * 10.0**-i for v in falling(256, i)] for i, s in enumerate(sites)}

@@ -208,7 +208,8 @@ def test_a_nested_checkpoint_is_cut_to_a_budget(tmp_path: Path) -> None:
     run("compress", MODEL, str(tmp_path / "nested"), "--nested", "--sequences", "4")
     done = run("export", str(tmp_path / "nested"), str(tmp_path / "out"), "--keep", "0.7")
     assert "parameters in its sites" in done.stderr
-    run("measure", str(tmp_path / "out"), "--no-latency", "--windows", "2", "--text", "bundled:python-held-out")
+    short = ("--windows", "2", "--text", "bundled:python-held-out", "--prefer", "speed")
+    run("measure", str(tmp_path / "out"), "--no-latency", *short)
 
 
 def test_the_roofline_of_this_machine(tmp_path: Path) -> None:
@@ -336,6 +337,7 @@ def test_inspect_prints_and_draws(tmp_path: Path) -> None:
         (["demo", "FULL"], "exists and is not empty"),
         (["measure", MODEL, "--windows", "0"], "Invalid value for '--windows'"),
         (["measure", MODEL, "--windows", "1", "--prompt", "250"], "reads at most 256 tokens"),
+        (["measure", MODEL, "--prefer", "size"], "can prefer balance, memory, speed, but got 'size'"),
         (["measure", MODEL, "--output", "FULL"], "records go to a file, but this is a folder"),
         (["measure", MODEL, "--labels", "BROKEN"], "line 1: each line must be one JSON object"),
         (["measure", MODEL, "--labels", "LABELS", "--no-latency"], "labelled rows are for sequence classifiers"),
