@@ -21,7 +21,15 @@ from rankfold.allocation.options import (
 from rankfold.allocation.parity import parity
 from rankfold.allocation.ranks import break_even_rank, dense_option, factorized_option, option_at, rank_within
 from rankfold.allocation.uniform import uniform
-from rankfold.allocation.widths import MULTIPLE, WAYS, WidthLosses, check_ways, uniform_widths, width_options
+from rankfold.allocation.widths import (
+    FACTOR_BITS,
+    MULTIPLE,
+    WAYS,
+    WidthLosses,
+    check_ways,
+    uniform_widths,
+    width_options,
+)
 from rankfold.calibration import Statistics
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS
@@ -212,6 +220,7 @@ def form_for(method: str, form: str | None) -> str:
 
 __all__ = [
     "ALLOCATIONS",
+    "FACTOR_BITS",
     "MULTIPLE",
     "PRICES",
     "WAYS",

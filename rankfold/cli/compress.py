@@ -15,7 +15,7 @@ from rankfold.checkpoint import load_model, load_tokenizer, save, tokenizer_if_a
 from rankfold.cli.options import Device, Dtype, Model, Overwrite, Seed, SiteNames, read_plan, to_dtype
 from rankfold.cli.summary import report_plan
 from rankfold.cli.terminal import keeps, print_table, progress, say, stages
-from rankfold.cost import fast_multiple, neighbouring_ranks, parameter_count, rank_seconds
+from rankfold.cost import SPEED_OF, fast_multiple, neighbouring_ranks, parameter_count, rank_seconds
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS
 from rankfold.modules import FORMS
@@ -52,6 +52,20 @@ def compress(
             rich_help_panel="Budget",
         ),
     ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Make the whole model so many times as fast on this machine, such as 1.5, by the seconds of its "
+            "layers, which are timed here first.",
+            rich_help_panel="Budget",
+        ),
+    ] = None,
+    speed_of: Annotated[
+        str,
+        typer.Option(
+            help=f"What --speedup is of: {' or '.join(SPEED_OF)} (128 tokens at once).", rich_help_panel="Budget"
+        ),
+    ] = "decode",
     rank: Annotated[int | None, typer.Option(help="An explicit rank for all sites.", rich_help_panel="Budget")] = None,
     plan: Annotated[
         Path | None, typer.Option(help="A plan from rankfold explore: forms and ranks.", rich_help_panel="Budget")
@@ -179,7 +193,9 @@ def compress(
     check_target(output, overwrite)
     stored = None if plan is None else read_plan(plan)
     # Made here as well as in the call, so that a contradiction is told before the model is loaded.
-    budget = Budget(keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase, rank=rank, plan=stored)
+    budget = Budget(
+        keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase, speedup=speedup, rank=rank, plan=stored
+    )
     if stored is not None:
         method = next(iter({option.method for option in stored.factorized}), method)
         sites = [name for option in stored.options for name in option.sites]
@@ -192,6 +208,7 @@ def compress(
         refine=refine,
         refine_toward=refine_toward,
         embeddings=embeddings,
+        speed_of=speed_of,
         effort=effort,
         memory=None if memory is None else parse_bytes(memory),
     )
@@ -218,11 +235,11 @@ def compress(
     keeps(f"nothing was written to {output}; the same command resumes with what was worked out, which lies in {work}.")
     with stages() as stage:
         done = compress_model(
-            loaded, tokenizer, keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase, rank=rank,
-            plan=stored, text=corpus or calibration, sequences=sequences, length=length, sites=chosen, method=method,
-            allocation=allocation, form=form, allow=ways, multiple=multiple, refine=refine, refine_toward=refine_toward,
-            embeddings=embeddings, effort=effort, memory=memory, nested=nested, workers=workers, ray=ray, seed=seed,
-            stage=stage, work=work,
+            loaded, tokenizer, keep=keep, bytes=bytes_, bits=bits, max_loss_increase=max_loss_increase,
+            speedup=speedup, speed_of=speed_of, rank=rank, plan=stored, text=corpus or calibration,
+            sequences=sequences, length=length, sites=chosen, method=method, allocation=allocation, form=form,
+            allow=ways, multiple=multiple, refine=refine, refine_toward=refine_toward, embeddings=embeddings,
+            effort=effort, memory=memory, nested=nested, workers=workers, ray=ray, seed=seed, stage=stage, work=work,
         )  # fmt: skip
     if origin:
         done = note(loaded, done, {"origin": origin})

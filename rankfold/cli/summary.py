@@ -84,6 +84,12 @@ def report_plan(output: Path, model: Any, plan: Plan, sites: Sites, before: int,
         say(f"Predicted increase in loss: {plan.predicted_loss:.4f} nat/token{bound}")
     if "measured_increase" in plan.calibration:
         say(f"Measured increase on held-out text: {plan.calibration['measured_increase']:.4f} nat/token")
+    if "measured_speedup" in plan.calibration:
+        facts = plan.calibration
+        say(
+            f"Speed of {facts['speed_of']}: {facts['measured_speedup']:.2f} times the dense model's, timed before and "
+            f"after; {facts['speedup']:.2f} were asked for"
+        )
     if shares_bits:
         _say_bits(plan, sites)
     total = sum(site.parameters for site in sites)

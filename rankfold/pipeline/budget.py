@@ -1,4 +1,4 @@
-"""What a user allows a compressed model, in one of five ways."""
+"""What a user allows a compressed model, in one of several ways."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ class Budget:
     """Average bits of a weight of the sites, counting everything that is stored for them."""
     max_loss_increase: float | None = None
     """Rise of the loss on held-out text, in nats per token."""
+    speedup: float | int | None = None
+    """How many times as fast the whole model shall be on this machine, as layers timed here predict."""
     rank: int | None = None
     """One rank for all sites."""
     plan: Plan | None = None
@@ -64,6 +66,8 @@ class Budget:
             object.__setattr__(self, "keep", 0.8)
         if self.max_loss_increase is not None and not self.max_loss_increase > 0:
             raise InputError(f"`max_loss_increase` must be above 0 nats per token, but got {self.max_loss_increase:g}.")
+        if self.speedup is not None and not self.speedup > 1:
+            raise InputError(f"`speedup` must be above 1 times the dense model's speed, but got {self.speedup:g}.")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise InputError(
                 f"`keep` is the fraction of parameters kept and must lie in (0, 1], but got {self.keep:g}."
@@ -74,7 +78,7 @@ class Budget:
             object.__setattr__(self, "bytes", parse_bytes(self.bytes))
 
     def keep_of(self, model: Any, sites: Sequence[Site], saved: int = 0) -> float | None:
-        """The fraction of the sites' bytes (or parameters) that this budget leaves; `None` where it must be searched.
+        """The fraction of the sites' bytes (or parameters) that is left; `None` where it is searched or timed.
 
         Args:
             model: The dense model.

@@ -30,6 +30,7 @@ def compress(  # noqa: PLR0913
     bytes: int | str | None = None,
     bits: float | int | None = None,
     max_loss_increase: float | None = None,
+    speedup: float | int | None = None,
     rank: int | None = None,
     plan: Plan | None = None,
     text: str | Path | Corpus | Sequence[str] | Tensor = BUNDLED[0],
@@ -48,6 +49,7 @@ def compress(  # noqa: PLR0913
     refine: int = 0,
     refine_toward: str = "predictions",
     embeddings: int | None = None,
+    speed_of: str = "decode",
     labels: str | None = None,
     nested: bool = False,
     statistics: Statistics | None = None,
@@ -60,9 +62,9 @@ def compress(  # noqa: PLR0913
 ) -> Plan:
     """Compress a model, in place, within a budget: the one call that the command line and all programs here make.
 
-    The budget is one of `keep`, `bytes`, `bits`, `max_loss_increase`, `rank` and `plan`; without any, `keep=0.8`.
-    Bytes, bits and a limit on the loss are shared out over bits and ranks, `keep` over ranks alone, unless `allow`
-    says otherwise.
+    The budget is one of `keep`, `bytes`, `bits`, `max_loss_increase`, `speedup`, `rank` and `plan`; without any,
+    `keep=0.8`. Bytes, bits, seconds and a limit on the loss are shared out over bits and ranks, `keep` over ranks
+    alone, unless `allow` says otherwise.
 
     Args:
         model: A transformers model, dense or already compressed.
@@ -71,6 +73,8 @@ def compress(  # noqa: PLR0913
         bytes: Bytes of the whole model, such as `120_000_000` or `"120MB"`.
         bits: Average bits of a weight of the sites, counting scales and everything else that is stored for them.
         max_loss_increase: Make the smallest model whose held-out loss increases by at most this, in nats per token.
+        speedup: How many times as fast the whole model shall be on this machine: a layer's options are priced by their
+            seconds, which are measured here.
         rank: One rank for all sites.
         plan: A plan whose forms and ranks are carried out as they are.
         text: What to calibrate on: a file, a data set name, a corpus, texts, or windows of token ids (windows,
@@ -94,6 +98,7 @@ def compress(  # noqa: PLR0913
         refine_toward: `predictions` of the model, or each `block`'s own output.
         embeddings: Bits of the embeddings and the head, 2 to 8, or 16 to leave them; by default a budget of bytes or
             a limit on the loss chooses, where bits may be spent.
+        speed_of: What `speedup` is of: `decode`, one token after the other, or `prompt`, of 128 tokens.
         labels: `text` or `sampled`; by default those of the text, if it has any.
         nested: Write one larger model that `rankfold.compression.shrink` cuts to any budget; the budget is ignored.
         statistics: What `calibrate` measured of the dense model, for several budgets over bits one after another.
@@ -119,14 +124,16 @@ def compress(  # noqa: PLR0913
             "A plan is carried out by factorize(model, plan, statistics), or by compress(model, tokenizer, plan=plan), "
             "which measures what it needs."
         )
-    budget = Budget(keep=keep, bytes=bytes, bits=bits, max_loss_increase=max_loss_increase, rank=rank, plan=plan)
+    budget = Budget(
+        keep=keep, bytes=bytes, bits=bits, max_loss_increase=max_loss_increase, speedup=speedup, rank=rank, plan=plan
+    )
     if plan is not None:
         method, sites = _of_plan(plan, method, sites)
     ways = allow.split(",") if isinstance(allow, str) else allow
     settings = Settings(
         method=method or "kfac", allocation=allocation, form=form, allow=None if ways is None else tuple(ways),
         multiple=multiple, effort=effort, rounds=rounds, drift=drift, refine=refine, refine_toward=refine_toward,
-        embeddings=embeddings, labels=labels, seed=seed,
+        embeddings=embeddings, speed_of=speed_of, labels=labels, seed=seed,
         memory=parse_bytes(memory) if isinstance(memory, str) else memory,
     )  # fmt: skip
     if (workers and nested) or (ray is not None and not workers):

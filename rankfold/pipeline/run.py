@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankfold.allocation import BudgetError, WidthLosses, allocate, uniform_widths
+from rankfold.allocation import FACTOR_BITS, BudgetError, WidthLosses, allocate, form_for, uniform_widths
 from rankfold.calibration import Statistics, calibrate, summed_loss, usual_labels
 from rankfold.circumstances import versions
 from rankfold.compression import compress_in_rounds, factorize, factorize_blocks, restore
+from rankfold.cost import SPEED_OF, OptionSeconds, model_seconds, seconds_of_layers, share_for, timed_layers
 from rankfold.errors import InputError
 from rankfold.factorization import Factors, Moments, Ordered, SiteMoments
 from rankfold.fingerprint import fingerprint
@@ -28,7 +29,7 @@ from rankfold.pipeline.workers import Workers
 from rankfold.plan import DENSE, Option, Plan
 from rankfold.progress import Stage
 from rankfold.quality import next_token_quality
-from rankfold.quantization import compress_in_bits
+from rankfold.quantization import WIDTHS, compress_in_bits
 from rankfold.recovery import predicts, refine_blocks, refine_predictions
 from rankfold.shelf import Shelf, usual_limit
 from rankfold.sites import Sites, block_paths
@@ -67,6 +68,7 @@ class Run:
         self.workers: Workers | None = None
         self.journal: Journal | None = None
         self.embeddings: EmbeddingWidths | None = None
+        self.price: OptionSeconds | None = None
         self.blocks = len({site.block for site in sites if site.block})
         self.dense: dict[str, nn.Module] = {site.name: linear_at(model, site.name) for site in sites}
         use_eager_experts(model)
@@ -97,7 +99,9 @@ class Run:
         teacher = None
         if refine and self.settings.refine_toward == "predictions" and predicts(self.model, self.batches[0]):
             teacher = _teacher(self.model, self.dense.values())
-        if budget.max_loss_increase is None:
+        if budget.speedup is not None:
+            plan = self.faster(budget.speedup)
+        elif budget.max_loss_increase is None:
             saved = self.settings.most_saved(self.model, budget)
             plan = self.attempt(budget.keep_of(self.model, self.sites, saved), "")
         else:
@@ -158,8 +162,9 @@ class Run:
 
         def within(keep: float | None, losses: Mapping[str, WidthLosses]) -> Plan:
             return allocate(
-                self.sites, keep=keep, losses=losses, allow=ways, multiple=settings.multiple, seed=settings.seed
-            )
+                self.sites, keep=keep, losses=losses, allow=ways, multiple=settings.multiple, price=self.price,
+                seed=settings.seed,
+            )  # fmt: skip
 
         def allocated(losses: Mapping[str, WidthLosses]) -> Plan:
             if embeddings is None:
@@ -194,7 +199,8 @@ class Run:
     def _allocated(self, keep: float | None, losses: Mapping[str, Sequence[float]] | None) -> Plan:
         """The plan for a budget; a given plan with what is predicted of it now."""
         if self.budget.plan is None:
-            return allocate(self.sites, **self.settings.choice(self.budget, keep), losses=losses)
+            chosen = self.settings.choice(self.budget, keep)
+            return allocate(self.sites, **(chosen | ({"price": self.price} if self.price else {})), losses=losses)
         known = losses or {}
 
         def predicted(option: Option) -> float | None:
@@ -205,6 +211,36 @@ class Run:
         given = self.budget.plan.options
         options = tuple(replace(option, loss=predicted(option), structure={}) for option in given)
         return replace(self.budget.plan, options=options)
+
+    def faster(self, speedup: float | int) -> Plan:
+        """Compress until the model is predicted to be so many times as fast, and time it before and after."""
+        model, settings = self.model, self.settings
+        tokens = SPEED_OF[settings.speed_of]
+        ways = settings.ways(self.budget)
+        layers = [
+            *timed_layers(
+                self.sites,
+                form_for(settings.method, settings.form),
+                WIDTHS if "bits" in ways else (),
+                FACTOR_BITS if len(ways) > 1 else (),
+            )
+        ]
+        kept = None if self.journal is None else self.journal.of("seconds")
+        if kept is None or "seconds" not in kept:
+            advance = self.stage("timing layers", len(layers))
+            found: dict[str, Any] = {"layers": seconds_of_layers(model, layers, tokens, advance)}
+            found["whole"] = model_seconds(model, settings.speed_of)
+            if kept is not None:
+                # Another run would measure others, and choose others by them.
+                kept["seconds"] = found
+        else:
+            found = kept["seconds"]
+        self.price = OptionSeconds(self.sites, found["layers"])
+        dense = sum(self.price(Option(sites=(site.name,))) for site in self.sites)
+        plan = self.attempt(share_for(speedup, found["whole"], dense), "")
+        measured = found["whole"] / model_seconds(model, settings.speed_of)
+        facts = {"speedup": speedup, "speed_of": settings.speed_of, "measured_speedup": round(measured, 3)}
+        return note(model, plan, facts)
 
     def search(self, limit: float) -> Plan:
         """Compress as far as the loss on held-out text rises by no more than a limit."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rankfold.allocation import ALLOCATIONS, MULTIPLE, WAYS, WidthLosses, allocate, check_ways, form_for
+from rankfold.cost import SPEED_OF
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS, Method
 from rankfold.pipeline.budget import Budget
@@ -74,6 +75,8 @@ class Settings:
     """One of `REFINE_TOWARD`."""
     labels: str | None = None
     """`text` or `sampled` (`rankfold.calibration.LABELS`); without it those of the text where it holds them."""
+    speed_of: str = "decode"
+    """What a speed-up is of: a key of `rankfold.cost.SPEED_OF`."""
     embeddings: int | None = None
     """Bits of the embeddings and the head: 2 to 8, or 16 to leave them; without it what suits bytes or a limit."""
     seed: int = 0
@@ -85,6 +88,7 @@ class Settings:
             ("method", self.method, METHODS),
             ("allocation", allocation, ALLOCATIONS),
             ("effort", self.effort, EFFORTS),
+            ("speed_of", self.speed_of, SPEED_OF),
         )
         for what, value, known in (*named, ("refine_toward", self.refine_toward, REFINE_TOWARD)):
             if value not in known:
@@ -215,12 +219,17 @@ class Settings:
         elif "bits" in self.ways(budget):
             if budget.rank is not None:
                 raise InputError("A `rank` leaves no budget over bits. Give `bits`, `bytes`, `keep` or a limit.")
-            if budget.max_loss_increase is None:
+            if budget.max_loss_increase is None and budget.speedup is None:
                 keep = budget.keep_of(model, sites, self.most_saved(model, budget))
                 allocate(sites, keep=keep, losses=_even(sites), allow=self.ways(budget), multiple=self.multiple)
-        elif budget.max_loss_increase is None:
+        elif budget.max_loss_increase is None and budget.speedup is None:
             even = {site.name: [1.0] * min(site.out_features, site.in_features) + [0.0] for site in sites}
             allocate(sites, **self.choice(budget, budget.keep_of(model, sites)), losses=even)
+        if budget.speedup is not None and any(site.kind.endswith(".*") for site in sites):
+            raise InputError(
+                "`speedup` is predicted from the time of each layer, but of a stack of experts only some run for a "
+                "token, and which is not known. Give `bytes`, `bits` or `keep`, or leave the experts out (`sites`)."
+            )
         causal = model.can_generate() and not model.config.is_encoder_decoder
         if budget.max_loss_increase is not None and not causal:
             raise InputError(
