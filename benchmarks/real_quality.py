@@ -139,12 +139,12 @@ def rows() -> Iterator[tuple[str, Make]]:
     yield NF4, library("nf4")
     yield SAME_BYTES, same_bytes
     yield "INT8", library("int8")
-    for average in BUDGETS:
-        yield f"rankfold, {average:g} bits", ours(bits=average)
     for keep in KEEPS:
         yield f"rankfold, keep {keep:g}", ours(keep=keep)
         yield f"LoRD, keep {keep:g}", ours(keep=keep, method="lord")
         yield f"SVD-LLM (whitened), keep {keep:g}", ours(keep=keep, method="whitened")
+    for average in BUDGETS:
+        yield f"rankfold, {average:g} bits", ours(bits=average)
     for bits in BITS:
         yield f"GPTQ, {bits} bits", gptq(bits)
     for keep in KEEPS:
