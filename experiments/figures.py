@@ -42,10 +42,11 @@ class Program(NamedTuple):
 
 MEASURE: tuple[Program, ...] = (
     Program(
-        "benchmarks/real_model.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
-        "ASSETS/data/wikitext2/wiki.valid.tokens --text ASSETS/data/wikitext2/wiki.test.raw",
-        "README, table",
-        "real_model",
+        "benchmarks/real_quality.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
+        "ASSETS/data/wikitext2/wiki.valid.tokens --text ASSETS/data/wikitext2/wiki.test.raw --data ASSETS/data "
+        "--work ASSETS/rows",
+        "README, table; docs/quality.md, real models",
+        "real_quality",
     ),
     Program(
         "benchmarks/one_budget.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "

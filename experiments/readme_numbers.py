@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from real_model_page import readme_table, section
 from results import RESULTS, ROOT, read
 
 from rankfold.record import Record
@@ -178,34 +179,6 @@ def memory() -> list[str]:
         cells = [subject, *(f"{value / 1e6:,.0f}" for value in megabytes)]
         lines.append(f"| {' | '.join(cells)} | {float(found[subject, 'time'].value or 0):.0f} | {kills} |")
     return [*lines, ""] if subjects else []
-
-
-COLUMNS = ("bytes on disk", "loss, nat/token", "perplexity", "decode, tokens/s", "seconds to make")
-
-
-def real_model() -> str:
-    """The README's table: a real model, what a user would take instead, and ours."""
-    records = [record for record in read("real_model") if not record.is_difference]
-    if not records:
-        return ""
-    base, facts = records[0].context["base"], records[0].context
-    found = {(r.subject, r.name): r for r in records}
-    lines = [f"| {base} | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for row in dict.fromkeys(record.subject for record in records):
-        disk, loss, perplexity = (found[row, name] for name in ("disk", "loss", "perplexity"))
-        speed = found[row, "decode_throughput"]
-        lines.append(
-            f"| {row} | {disk.value / 1e6:,.0f} MB | {loss.value:.3f} ± {loss.error or 0:.3f} | {perplexity.value:.1f} | "  # type: ignore[operator]
-            f"{speed.value:.1f} | {'' if row == 'dense' else record_seconds(loss)} |"
-        )
-    used = facts["calibration"]
-    lines += [
-        "",
-        f"WikiText-2 test, {found['dense', 'loss'].context['tokens']:,} tokens scored; calibrated on {used['sequences']} x {used['length']} tokens of its "
-        f"validation text. One thread of a shared {facts['hardware']['cpu'].split(' @')[0]}, {made_with(records)}, seed 0 "
-        "(seconds include waiting for other work): `python benchmarks/real_model.py`. This file's weights once had 4 bits, which flatters 4-bit rows.",
-    ]
-    return "\n".join(lines)
 
 
 README_BITS = [2.3, 3.3, 4.3]
@@ -421,11 +394,6 @@ def peer_ratios(dense: Mapping[str, float]) -> list[str]:
     ]
 
 
-def record_seconds(record: Record) -> str:
-    """How long the row took to make."""
-    return f"{record.context['seconds_to_make']:,}"
-
-
 def own_labels(records: Sequence[Record]) -> list[Record]:
     """The default's rows of the grid, at the keeps at which labels were drawn from the model too."""
     return [
@@ -439,6 +407,7 @@ def quality_page() -> str:
     """docs/quality.md: quality per byte, ablation, calibration size, labels, predictions."""
     records = read("quality")
     lines = [
+        *section(),
         *grids(),
         *one_budget(),
         *few_bits_cost(),
@@ -493,7 +462,7 @@ def frontier() -> dict[str, list[tuple[float, float]]]:
 def with_numbers(readme: str) -> str:
     """The README with its numbers replaced."""
     block = re.compile(r"(<!-- numbers:begin -->\n).*?(<!-- numbers:end -->)", re.S)
-    numbers = "\n\n".join(filter(None, (real_model(), readme_budgets())))
+    numbers = "\n\n".join(filter(None, (readme_table(), readme_budgets())))
     return block.sub(lambda match: f"{match[1]}{numbers}\n{match[2]}", readme)
 
 

@@ -1,0 +1,188 @@
+"""Tables of a real model under every method, for the README and docs/quality.md, from results of real_quality.py."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from results import read
+
+from rankfold.record import Record
+
+NAMES = {
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "hellaswag": "HellaSwag",
+    "winogrande": "WinoGrande",
+    "lambada_openai": "LAMBADA",
+    "piqa": "PIQA",
+    "openbookqa": "OBQA",
+    "boolq": "BoolQ",
+}
+
+SHOWN_FIRST = (
+    "dense", "INT8", "NF4", "rankfold, NF4's bytes", "rankfold, keep 0.8", "SVD-LLM (whitened), keep 0.8",
+    "LoRD, keep 0.8",
+)  # fmt: skip
+"""The README's rows."""
+
+
+class Difference(NamedTuple):
+    """A mean over questions or windows, and its standard error."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1%} ± {self.error:.1%}"
+
+
+class Row:
+    """What is known of one row of a model."""
+
+    def __init__(self, name: str, records: Sequence[Record]) -> None:
+        self.name = name
+        self.found = {(r.name, r.context.get("group")): r for r in records if r.subject == name}
+
+    def record(self, name: str, group: str | None = None) -> Record | None:
+        """One number of the row, if it was measured."""
+        return self.found.get((name, group))
+
+    def value(self, name: str, group: str | None = None) -> float:
+        """One number of the row."""
+        record = self.found[name, group]
+        assert record.value is not None
+        return record.value
+
+    @property
+    def tasks(self) -> list[str]:
+        """Benchmarks that were asked."""
+        return [task for task in NAMES if (f"{task} acc", None) in self.found]
+
+    def answers(self, task: str) -> list[int]:
+        """Whether each question was answered rightly."""
+        return [int(mark) for mark in self.found[f"{task} acc", None].context["answers"]]
+
+    def beside(self, dense: Row, tasks: Sequence[str]) -> Difference:
+        """The mean accuracy over tasks less the dense model's, in pairs of the same questions."""
+        means, variances = [], []
+        for task in tasks:
+            apart = [a - b for a, b in zip(self.answers(task), dense.answers(task), strict=True)]
+            means.append(statistics.fmean(apart))
+            variances.append(statistics.variance(apart) / len(apart))
+        return Difference(statistics.fmean(means), math.sqrt(sum(variances)) / len(tasks))
+
+    def rise(self, dense: Row) -> Difference:
+        """The rise of the loss over the dense model's, in pairs of the same windows."""
+        own, other = (row.found["loss", None].context["losses"] for row in (self, dense))
+        apart = [a - b for a, b in zip(own, other, strict=True)]
+        return Difference(statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart)))
+
+
+def rows_of(base: str) -> list[Row]:
+    """The rows of a model whose loss was measured."""
+    records = [record for record in read("real_quality") if record.context["base"] == base]
+    rows = [Row(name, records) for name in dict.fromkeys(record.subject for record in records)]
+    return [row for row in rows if row.record("loss") is not None]
+
+
+def bases() -> list[str]:
+    """Models that were measured."""
+    return list(dict.fromkeys(record.context["base"] for record in read("real_quality")))
+
+
+def megabytes(row: Row) -> str:
+    """Bytes of the checkpoint's weights."""
+    return f"{row.found['loss', None].context['bytes'] / 1e6:,.0f} MB"
+
+
+def speeds(row: Row, what: str) -> str:
+    """How many times as fast as the dense model, as both are loaded and as both are fastest."""
+    cells = [row.record(f"{what} over dense", group) for group in ("balance", "speed")]
+    return " / ".join(f"{cell.value:.2f}" for cell in cells if cell is not None)
+
+
+def table(base: str, names: Sequence[str] | None = None) -> list[str]:
+    """Bytes, loss, accuracy and speed; rows of some names, or all."""
+    rows = rows_of(base)
+    dense = next(row for row in rows if row.name == "dense")
+    shown = [row for name in names for row in rows if row.name == name] if names else rows
+    complete = [row for row in shown if row.tasks == dense.tasks]
+    mean = statistics.fmean(statistics.fmean(dense.answers(task)) for task in dense.tasks)
+    lines = [
+        f"| {base} | bytes on disk | perplexity | rise of the loss | accuracy, mean of {len(dense.tasks)} | decode, times dense | prompt, times dense |",
+        "|---" * 7 + "|",
+    ]
+    for row in shown:
+        first = row is dense
+        rise = row.rise(dense)
+        accuracy = f"{mean:.1%}" if first else str(row.beside(dense, dense.tasks)) if row in complete else ""
+        cells = [
+            row.name,
+            megabytes(row),
+            f"{math.exp(row.value('loss')):.1f}",
+            "" if first else f"{rise.value:.3f} ± {rise.error:.3f}",
+            accuracy,
+            "" if first else speeds(row, "decode"),
+            "" if first else speeds(row, "prefill"),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def circumstances_of(base: str) -> str:
+    """How the rows of a model were measured."""
+    dense = next(row for row in rows_of(base) if row.name == "dense")
+    record = dense.found["loss", None]
+    facts, used = record.context, record.context["calibration"]
+    items = dense.found[f"{dense.tasks[0]} acc", None].context["limit"] if dense.tasks else 0
+    versions = facts["versions"]
+    return (
+        f"{facts['data']}, {facts['tokens']:,} tokens scored; the first {items} questions of each benchmark "
+        f"({', '.join(NAMES[task] for task in dense.tasks)}; no examples), differences from dense in pairs, ± one standard error; calibrated on "
+        f"{used['tokens']:,} tokens of {used['corpus']}. Speed on one thread of a shared {facts['hardware']['cpu'].split(' @')[0]}, one token at a time and "
+        f'a prompt of 128, both models taking turns: as they are loaded / both with `prefer(model, "speed")`. torch {versions["torch"]}, transformers '
+        f"{versions['transformers']}, seed 0."
+    )
+
+
+def readme_table() -> str:
+    """The README's table."""
+    known = bases()
+    if not known:
+        return ""
+    lines = [
+        *table(known[0], SHOWN_FIRST),
+        "",
+        f"{circumstances_of(known[0])} `python benchmarks/real_quality.py`. This file's weights once had 4 bits, which flatters 4-bit rows. "
+        "More rows: [docs/quality.md](docs/quality.md).",
+    ]
+    return "\n".join(lines)
+
+
+def section() -> list[str]:
+    """All rows of all models, and what each benchmark says."""
+    if not bases():
+        return []
+    lines = [
+        "# Real models",
+        "",
+        "`python benchmarks/real_quality.py MODEL --calibration TEXT --text TEXT --data FOLDER --work FOLDER`.",
+        "",
+    ]
+    for base in bases():
+        rows = rows_of(base)
+        dense = next(row for row in rows if row.name == "dense")
+        lines += [*table(base), "", circumstances_of(base), ""]
+        lines += [
+            f"| {base}: accuracy | {' | '.join(NAMES[task] for task in dense.tasks)} | seconds to make |",
+            "|---" * (len(dense.tasks) + 2) + "|",
+        ]
+        for row in rows:
+            cells = [f"{statistics.fmean(row.answers(task)):.1%}" if task in row.tasks else "" for task in dense.tasks]
+            seconds = row.found["loss", None].context["seconds_to_make"]
+            lines.append(f"| {row.name} | {' | '.join(cells)} | {'' if row is dense else f'{seconds:,}'} |")
+        lines.append("")
+    return lines
