@@ -15,9 +15,23 @@ def digest_of(model: Any) -> list[Any]:
     """What tells one model from another of its shape: a hash of every tensor, the same on any device."""
     digest: list[Any] = [getattr(model.config, "rankfold", None)]
     for name, part in model.state_dict().items():
-        numbers = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        numbers = _in_memory(model, name, part).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.append([name, list(part.shape), hashlib.sha256(numbers).hexdigest()])
     return digest
+
+
+def _in_memory(model: Any, name: str, part: Tensor) -> Tensor:
+    """A part of a model's state, read from disk where accelerate keeps it there."""
+    if part.device.type != "meta":
+        return part
+    from accelerate.utils import align_module_device
+
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module, "cpu"):
+        found: Tensor = getattr(module, leaf).detach()
+        # What accelerate brought is taken away again.
+        return found.clone()
 
 
 def file_digest(path: Path) -> str:

@@ -1,6 +1,8 @@
-"""Where float64 is to be had: Apple's MPS has none, and what needs it is computed on the CPU there."""
+"""Devices: where a model takes its inputs, and where float64 is to be had, which Apple's MPS has not."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,3 +26,13 @@ def widened(tensor: Tensor) -> Tensor:
     """A tensor in float64, on the CPU where its own device has none."""
     # Moved first: MPS refuses the dtype even in the copy.
     return tensor.to(float64_device(tensor.device)).double()
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model takes its inputs; the first weight tells it, unless accelerate keeps that on disk."""
+    device: torch.device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    places = getattr(model, "hf_device_map", {}).values()
+    place = next((place for place in places if place not in {"cpu", "disk", "meta"}), "cpu")
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)

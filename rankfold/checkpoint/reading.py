@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from rankfold.shards import check_folder
 
 ADAPTER = "adapter_config.json"
 """The file by which a folder of adapters is known."""
+SPREAD = "spread"
+"""In place of a device: all that there are, and the disk."""
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 """Names by which configurations say how many layers there are."""
 MOST_SHARED = 1000
@@ -64,7 +67,8 @@ def load_model(
     Args:
         source: A model folder, a GGUF file, or the name of a model on the hub.
         dtype: Dtype of the weights; without it the checkpoint's own.
-        device: Where to put the model; without it the CPU.
+        device: Where to put the model; without it the CPU. `spread` puts it on all accelerators, what they do not hold
+            into memory, and what that does not hold stays on disk (accelerate), to be measured and to generate.
         trust_remote_code: Whether code that lies in the folder may run.
         dense: Whether weights that a library stored in few bits are made dense; `model.few_bits` then names the
             scheme that they came in.
@@ -73,9 +77,10 @@ def load_model(
         ValueError: If there is no such model, a shard is missing or damaged, weights that the model needs are not in
             the checkpoint, or dense weights are asked for that cannot be had.
     """
-    device = chosen_device(device)
+    spread = device == SPREAD
+    device = None if spread else chosen_device(device)
     if (Path(source) / ADAPTER).is_file():
-        return _with_adapters(Path(source), dtype, device, trust_remote_code, dense)
+        return _with_adapters(Path(source), dtype, SPREAD if spread else device, trust_remote_code, dense)
     check_source(source)
     with _reading(source):
         place, config = _config_of(source, trust_remote_code)
@@ -86,6 +91,10 @@ def load_model(
             # Where a library quantized the weights it also puts them in their place.
             settings |= {"device_map": {"": str(device or "cpu")}}
             settings |= loading_settings(scheme, source) if dense else {}
+        if spread:
+            # Weights in safetensors stay in their files; others are written to this folder.
+            folder = tempfile.TemporaryDirectory(prefix="rankfold-")
+            settings |= {"device_map": "auto", "offload_folder": folder.name}
         if "gguf_file" not in place:
             settings["config"] = config
         model, info = auto_class.from_pretrained(_folder(source), **settings, output_loading_info=True)
@@ -103,6 +112,8 @@ def load_model(
             # bitsandbytes gives only what it had in few bits the dtype that was asked for.
             model = model.to(dtype)
     keep_storage(model)
+    if spread:
+        model._weights_on_disk = folder  # as long as the model
     return (model if device is None or scheme is not None else model.to(device)).eval()
 
 
@@ -217,12 +228,12 @@ def chosen_device(device: torch.device | str | None) -> torch.device | str | Non
     Raises:
         ValueError: If there is no device of this name.
     """
-    if device == "auto":
+    if device in {"auto", SPREAD}:
         return next((kind for kind in ("cuda", "mps") if _is_here(kind)), "cpu")
     try:
         kind = None if device is None else torch.device(device).type
     except RuntimeError as error:
-        raise InputError(f"A device must be auto, cpu, cuda, cuda:1 or mps, but got {device!r}.") from error
+        raise InputError(f"A device must be auto, cpu, cuda, cuda:1, mps or spread, but got {device!r}.") from error
     if kind in ("cuda", "mps") and not _is_here(kind):
         raise InputError(
             f"The device {device} was asked for, but torch {torch.__version__} sees no {kind.upper()} device here."

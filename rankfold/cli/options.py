@@ -19,7 +19,8 @@ Model = Annotated[str, typer.Argument(help="Model folder, or name on the Hugging
 Device = Annotated[
     str,
     typer.Option(
-        help="Where to compute: auto (CUDA if available, then MPS, otherwise the CPU), cpu, cuda, cuda:1, mps."
+        help="Where to compute: auto (CUDA if available, then MPS, otherwise the CPU), cpu, cuda, cuda:1, mps, "
+        "or spread, over all accelerators, memory and disk, for models larger than each."
     ),
 ]
 Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rankfold.precision import device_of
 from rankfold.progress import Step, no_step
 from rankfold.sites import text_arguments
 
@@ -79,7 +80,7 @@ def interleaved_latency(
             busy += time.process_time() - cpu_start
             wall += time.perf_counter() - wall_start
         on_step()
-    on_cpu = all(next(model.parameters()).device.type == "cpu" for model in models.values())
+    on_cpu = all(device_of(model).type == "cpu" for model in models.values())
     # A process that computes without pause uses at least as much CPU time as passes, unless others take its turn.
     held_up = on_cpu and busy < 0.9 * wall
     noisy = any(_spread(series) > NOISY_SPREAD for pair in times.values() for series in pair)
@@ -88,7 +89,7 @@ def interleaved_latency(
 
 def one_round(model: Any, prompt_tokens: int, decoded_tokens: int, batch_size: int) -> tuple[float, float | None]:
     """Seconds of one prefill, and per decoded token where the model keeps a cache."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.arange(batch_size * prompt_tokens, device=device).reshape(batch_size, -1) % 100 + 3
     generates = model.can_generate() and not model.config.is_encoder_decoder
     options = {"use_cache": True} if generates else {}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rankfold.cost.latency import cache_of
 from rankfold.modules import JointLinear, QuantizedLinear, SharedFactors, is_linear
+from rankfold.precision import device_of
 from rankfold.shards import shard_files
 from rankfold.sites import text_arguments
 
@@ -43,7 +44,7 @@ def cache_bytes(model: Any, tokens: int, batch_size: int = 1) -> int | None:
     """
     if not model.can_generate() or model.config.is_encoder_decoder:
         return None
-    ids = torch.full((batch_size, tokens), 3, device=next(model.parameters()).device)
+    ids = torch.full((batch_size, tokens), 3, device=device_of(model))
     cache = cache_of(model(input_ids=ids, use_cache=True))
     found: dict[int, Tensor] = {}
     _collect(cache, found, set())
@@ -78,7 +79,7 @@ def peak_bytes(model: Any, tokens: int, batch_size: int = 1) -> tuple[int | None
     On an accelerator by PyTorch's own count; on Linux by the peak of the resident process, in pages of the system; the
     allocator may have held some of it before. Elsewhere `None`.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = torch.full((batch_size, tokens), 3, device=device)
     inputs = text_arguments(model, ids)
     if device.type == "cuda":

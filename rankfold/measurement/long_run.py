@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rankfold.cost import cache_bytes, cache_of
 from rankfold.errors import InputError
+from rankfold.precision import device_of
 from rankfold.progress import Step, no_step
 from rankfold.quality import distinct_share, next_token_quality, repeated_share
 
@@ -66,7 +67,7 @@ def write_long(
     if not 0 < len(prompt) <= window // 2:
         raise InputError(f"A prompt must fill at most half of the window of {window} tokens, but has {len(prompt)}.")
     generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
+    device = device_of(model)
     text = prompt.tolist()
     seconds: list[float] = []
     cache: dict[str, Any] = {}

@@ -27,6 +27,7 @@ from rankfold.measurement.quality import (
     measure_score,
 )
 from rankfold.measurement.warning_signs import warning_signs
+from rankfold.precision import device_of
 from rankfold.progress import Stage, no_stage
 from rankfold.record import Record, Records
 from rankfold.recovery import is_quantized
@@ -94,7 +95,7 @@ def measure(  # noqa: PLR0913
         several = [text] if isinstance(text, (str, Path, Corpus)) else text
         records += task.quality(several, size, windows)
     if latency:
-        device = str(next(next(iter(chosen.values())).parameters()).device)
+        device = str(device_of(next(iter(chosen.values()))))
         records += task.cost(batches, prompt, meter or open_meter(device))
     quantized = [name for name, measured in chosen.items() if is_quantized(measured)]
     for sign in warning_signs(records, dense=next(iter(chosen)), quantized=quantized):

@@ -141,6 +141,12 @@ def compress(  # noqa: PLR0913
             "A Ray cluster is used by `workers` (1 or more), which share the measuring for one budget: pass them with "
             "`ray`, and not with `nested`."
         )
+    places = set(getattr(model, "hf_device_map", {}).values())
+    if len(places) > 1 or "disk" in places:
+        raise InputError(
+            "A model that is spread over devices, or lies on disk, is measured as it is but not compressed. Load it on "
+            "one device: compression maps weights from their files and works on one block at a time."
+        )
     unpack_linears(model)
     chosen = _chosen(model, sites)
     settings.check(model, chosen, budget)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rankfold.errors import InputError
+from rankfold.precision import device_of
 from rankfold.progress import Step, no_step
 
 
@@ -81,7 +82,7 @@ def right_answers(
     Raises:
         ValueError: If a logit is NaN or infinite.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     right: list[bool] = []
     for start in range(0, len(labelled.texts), batch_size):
         texts: Sequence[str] = labelled.texts[start : start + batch_size]

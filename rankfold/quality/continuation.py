@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.errors import InputError
+from rankfold.precision import device_of
 from rankfold.progress import Step, no_step
 from rankfold.quality.generation import prompt_ids
 
@@ -140,7 +141,7 @@ def choose(
 
 def _losses(model: Any, batch: Tensor, scored: int) -> Tensor:
     """Negative log-likelihood of every continuation of every question."""
-    ids = batch.flatten(0, 1).to(next(model.parameters()).device)
+    ids = batch.flatten(0, 1).to(device_of(model))
     logits = model(input_ids=ids).logits[:, -scored - 1 : -1].float()
     losses = F.cross_entropy(logits.transpose(1, 2), ids[:, -scored:], reduction="none").sum(1)
     if not bool(torch.isfinite(losses).all()):

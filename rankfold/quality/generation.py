@@ -10,6 +10,7 @@ import torch
 
 from rankfold.calibration import max_length
 from rankfold.errors import InputError
+from rankfold.precision import device_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def complete(
         raise InputError(f"Only a causal language model continues a prompt, but this is a {type(model).__name__}.")
     room = prompt_room(model, sampling)
     rows = [prompt_ids(tokenizer, prompt, room) for prompt in prompts]
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids, mask = _padded(rows, _padding(tokenizer))
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
     ending = {"stop_strings": list(stops), "tokenizer": tokenizer} if stops else {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rankfold.errors import InputError
-from rankfold.precision import widened
+from rankfold.precision import device_of, widened
 from rankfold.progress import Step, no_step
 from rankfold.sites import listens, text_arguments
 
@@ -74,7 +74,7 @@ def next_token_quality(
         ValueError: If a logit is NaN or infinite; no batch is ever dropped.
     """
     columns: list[Tensor] = []
-    device = next(model.parameters()).device
+    device = device_of(model)
     for number, batch in enumerate(torch.split(windows, batch_size)):
         ids = batch.to(device)
         logits = _logits(model, ids, number)

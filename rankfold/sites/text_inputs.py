@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from rankfold.errors import InputError
+from rankfold.precision import device_of
 
 _SPECIAL = re.compile(r"(token_id|token_index|_id|_index)$")
 _AUDIO = ("input_features", "input_values")
@@ -117,7 +118,7 @@ def _silence(model: Any, name: str) -> Tensor:
     """One silent recording of the shape that the encoder takes; found by trying, once for each model."""
     kept: Tensor | None = getattr(model, "_silence", None)
     if kept is not None:
-        return kept.to(next(model.parameters()).device)
+        return kept.to(device_of(model))
     like = next(part for part in model.parameters() if part.is_floating_point())
     problem: Exception | None = None
     for shape in _shapes(model, name):
@@ -161,7 +162,7 @@ def _blank(model: Any) -> dict[str, Tensor]:
 
 def _runs(model: Any, beside: Mapping[str, Tensor]) -> bool:
     """Whether a model runs on a few tokens with something beside them."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     ids = example_ids(model, device)[:1]
     read = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
     if model.config.is_encoder_decoder and not _sees(beside):
