@@ -15,7 +15,7 @@ def digest_of(model: Any) -> list[Any]:
     """What tells one model from another of its shape: a hash of every tensor, the same on any device."""
     digest: list[Any] = [getattr(model.config, "rankfold", None)]
     for name, part in model.state_dict().items():
-        numbers = _in_memory(model, name, part).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        numbers: Any = _in_memory(model, name, part).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.append([name, list(part.shape), hashlib.sha256(numbers).hexdigest()])
     return digest
 
