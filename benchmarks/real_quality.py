@@ -6,7 +6,7 @@
 MODEL is a folder, a GGUF file or a name on the hub. `--data` holds the benchmarks' files, in any layout that
 `rankfold convert-data` reads; every task asks its first `--limit` questions. All methods see the same calibration
 windows and none trains. Every model is written to `--work` and read from there; what was made or measured is neither
-made nor measured again, so an interrupted run goes on where it stopped. Each record holds the answers to all questions,
+made nor measured again, so an interrupted run goes on where it stopped; the loss and the speed of all rows come first. Each record holds the answers to all questions,
 so any two rows can be compared in pairs. Speed is timed beside the dense model, the two taking turns. Results:
 benchmarks/results/real_quality.jsonl.
 """
@@ -270,12 +270,18 @@ def main() -> None:
     if not data.is_dir():
         convert_data(arguments.data, data)
     bench = Bench(place, arguments)
-    for name, make in rows():
-        if arguments.rows and not any(name.startswith(wanted) for wanted in arguments.rows):
-            continue
+    chosen = [
+        (name, make)
+        for name, make in rows()
+        if not arguments.rows or any(name.startswith(wanted) for wanted in arguments.rows)
+    ]
+    # What tells most in the least time first, of all rows.
+    for name, make in chosen:
         row = Row(bench, name, make, base, results)
         row.loss()
         row.speed()
+    for name, make in chosen:
+        row = Row(bench, name, make, base, results)
         for task in arguments.tasks:
             row.benchmark(task, data)
 
