@@ -6,9 +6,9 @@
 MODEL is a folder, a GGUF file or a name on the hub. `--data` holds the benchmarks' files, in any layout that
 `rankfold convert-data` reads; every task asks its first `--limit` questions. All methods see the same calibration
 windows and none trains. Every model is written to `--work` and read from there; what was made or measured is neither
-made nor measured again, so an interrupted run goes on where it stopped; the loss and the speed of all rows come first. Each record holds the answers to all questions,
-so any two rows can be compared in pairs. Speed is timed beside the dense model, the two taking turns. Results:
-benchmarks/results/real_quality.jsonl.
+made nor measured again, so an interrupted run goes on where it stopped. The loss and the speed of all rows come first.
+Each record holds the answers to all questions, so any two rows can be compared in pairs. Speed is timed beside the
+dense model, the two taking turns. Results: benchmarks/results/real_quality.jsonl.
 """
 
 from __future__ import annotations
