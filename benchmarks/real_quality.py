@@ -48,6 +48,8 @@ TASKS = (
     "arc_easy", "arc_challenge", "hellaswag", "winogrande", "lambada_openai", "piqa", "openbookqa", "boolq",
 )  # fmt: skip
 SPEED = "speed"
+BY_WEIGHTS = "ASVD"
+"""What `benchmarks/quality.py` writes as whole matrices: bytes and speed would be the dense model's."""
 NF4, SAME_BYTES = "NF4", "rankfold, NF4's bytes"
 
 Make = Callable[["Bench"], Any]
@@ -97,6 +99,8 @@ def ours(**choices: Any) -> Make:
 
 def same_bytes(bench: Bench) -> Any:
     """The one call, with as many bytes as NF4 takes."""
+    if not (bench.place / NF4 / "seconds").exists():
+        raise SystemExit(f"{SAME_BYTES}: make the row {NF4} first.")
     # A file's header is not part of a budget of bytes.
     return ours(bytes=stored(bench.place / NF4) - 200_000)(bench)
 
@@ -170,7 +174,7 @@ class Row:
             rankfold.save(self.make(self.bench), self.bench.tokenizer, self.folder)
             made.write_text(f"{time.perf_counter() - start:.0f}")
         self.facts["seconds_to_make"] = int(made.read_text())
-        self.facts["bytes"] = stored(self.folder)
+        self.facts["bytes"] = None if self.name.startswith(BY_WEIGHTS) else stored(self.folder)
         model = load_model(self.folder)
         prefer(model, "speed")
         return model
@@ -230,7 +234,7 @@ class Row:
 
     def speed(self) -> None:
         """Tokens a second beside the dense model's, taking turns: as both are loaded, and as both are fastest."""
-        if self.has(SPEED) or self.name == "dense":
+        if self.has(SPEED) or self.name == "dense" or self.name.startswith(BY_WEIGHTS):
             return
         models = {"dense": self.bench.dense, self.name: self.model}
         values = []
@@ -254,7 +258,9 @@ def main() -> None:
     parser.add_argument("--calibration", required=True, help="text to calibrate on")
     parser.add_argument("--text", required=True, help="held-out text")
     parser.add_argument("--data", required=True, type=Path, help="folder of the benchmarks' files")
-    parser.add_argument("--work", required=True, type=Path, help="folder for the models of all rows")
+    parser.add_argument(
+        "--work", required=True, type=Path, help="folder for the models of all rows; remove it when a method changes"
+    )
     parser.add_argument("--rows", nargs="*", help="names of rows, or how they begin (default: all)")
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--limit", type=int, default=400, help="questions of each task")

@@ -95,7 +95,8 @@ def bases() -> list[str]:
 
 def megabytes(row: Row) -> str:
     """Bytes of the checkpoint's weights."""
-    return f"{row.found['loss', None].context['bytes'] / 1e6:,.0f} MB"
+    stored = row.found["loss", None].context["bytes"]
+    return "" if stored is None else f"{stored / 1e6:,.0f} MB"
 
 
 def speeds(row: Row, what: str) -> str:
@@ -109,8 +110,8 @@ def table(base: str, names: Sequence[str] | None = None) -> list[str]:
     rows = rows_of(base)
     dense = next(row for row in rows if row.name == "dense")
     shown = [row for name in names for row in rows if row.name == name] if names else rows
-    complete = [row for row in shown if row.tasks == dense.tasks]
-    mean = statistics.fmean(statistics.fmean(dense.answers(task)) for task in dense.tasks)
+    complete = [row for row in shown if dense.tasks and row.tasks == dense.tasks]
+    mean = statistics.fmean(statistics.fmean(dense.answers(task)) for task in dense.tasks) if dense.tasks else 0.0
     lines = [
         f"| {base} | bytes on disk | perplexity | rise of the loss | accuracy, mean of {len(dense.tasks)} | decode, times dense | prompt, times dense |",
         "|---" * 7 + "|",
@@ -118,7 +119,13 @@ def table(base: str, names: Sequence[str] | None = None) -> list[str]:
     for row in shown:
         first = row is dense
         rise = row.rise(dense)
-        accuracy = f"{mean:.1%}" if first else str(row.beside(dense, dense.tasks)) if row in complete else ""
+        accuracy = (
+            (f"{mean:.1%}" if dense.tasks else "")
+            if first
+            else str(row.beside(dense, dense.tasks))
+            if row in complete
+            else ""
+        )
         cells = [
             row.name,
             megabytes(row),
@@ -143,7 +150,7 @@ def circumstances_of(base: str) -> str:
         f"{facts['data']}, {facts['tokens']:,} tokens scored; the first {items} questions of each benchmark "
         f"({', '.join(NAMES[task] for task in dense.tasks)}; no examples), differences from dense in pairs, ± one standard error; calibrated on "
         f"{used['tokens']:,} tokens of {used['corpus']}. Speed on one thread of a shared {facts['hardware']['cpu'].split(' @')[0]}, one token at a time and "
-        f'a prompt of 128, both models taking turns: as they are loaded / both with `prefer(model, "speed")`. torch {versions["torch"]}, transformers '
+        f'a prompt of 128, beside other work, both models taking turns: as they are loaded / both with `prefer(model, "speed")`. torch {versions["torch"]}, transformers '
         f"{versions['transformers']}, seed 0."
     )
 

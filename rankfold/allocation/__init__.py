@@ -86,8 +86,8 @@ def allocate(  # noqa: PLR0913
             otherwise `whitened`.
         allocation: A key of `ALLOCATIONS`; by default `knapsack` if losses are known, otherwise `uniform`.
         form: A key of `rankfold.modules.FORMS`; by default the method's own.
-        multiple: Ranks are rounded down to a multiple of this; by default the knapsack chooses among multiples of
-            about a 32nd of the full rank, others among all ranks.
+        multiple: Ranks are rounded down to a multiple of this; by default a knapsack over ranks alone chooses
+            among multiples of about a 32nd of the full rank, one over bits too among those of 8, others among all.
         losses: Predicted loss of every site at each rank from 0 to full, in place of those of the statistics; or in
             each width too (`rankfold.quantization.width_losses`), for a budget over bits and ranks.
         allow: With such losses, what the budget may be spent on: `rank`, `bits` or both, as by default.

@@ -2,6 +2,7 @@
 
 from rankfold.checkpoint.reading import (
     ADAPTER,
+    SPREAD,
     check_source,
     chosen_device,
     is_factorized,
@@ -17,6 +18,7 @@ from rankfold.checkpoint.writing import export_dense, save, save_adapters
 
 __all__ = [
     "ADAPTER",
+    "SPREAD",
     "check_source",
     "chosen_device",
     "export_dense",

@@ -170,6 +170,11 @@ def _with_adapters(folder: Path, dtype: Any, device: Any, trust_remote_code: boo
         raise InputError(f"{folder}: adapters need PEFT: pip install 'rankfold[recovery]'") from error
     base = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
     model = load_model(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code, dense=dense)
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise InputError(
+            f"{folder}: adapters need their base model in memory, but some of {base} would stay on disk here. Merge "
+            "them where it fits, or use a machine with more memory."
+        )
     return PeftModel.from_pretrained(model, folder).eval()
 
 

@@ -9,7 +9,7 @@ import typer
 
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.circumstances import circumstances
-from rankfold.cli.options import Device, Dtype, Model, Records, is_decoder, to_dtype
+from rankfold.cli.options import Devices, Dtype, Model, Records, is_decoder, to_dtype
 from rankfold.cli.terminal import check_records, print_table, progress, say, write_records
 from rankfold.errors import InputError
 from rankfold.fingerprint import file_digest, fingerprint
@@ -36,7 +36,7 @@ def benchmark(
         int | None, typer.Option(min=0, help="Few-shot examples per question (default: the harness's number).")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 8,
-    device: Device = "auto",
+    device: Devices = "auto",
     dtype: Dtype = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed for choosing the examples (default: the harness's).")] = None,
     output: Records = None,

@@ -108,8 +108,8 @@ def compress(
         int | None,
         typer.Option(
             min=0,
-            help="Round ranks down to a multiple of this, for fast kernels (default: about a 32nd of the full rank if "
-            "losses are compared; 0: find a fast one by timing).",
+            help="Round ranks down to a multiple of this, for fast kernels (default: with --keep about a 32nd of the "
+            "full rank; 0: find a fast one by timing).",
             rich_help_panel="Method",
         ),
     ] = None,

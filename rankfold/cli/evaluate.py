@@ -10,7 +10,7 @@ import typer
 from rankfold.calibration import load_corpus, max_length
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.circumstances import circumstances
-from rankfold.cli.options import Device, Dtype, Model, Records, Seed, is_decoder, to_dtype
+from rankfold.cli.options import Devices, Dtype, Model, Records, Seed, is_decoder, to_dtype
 from rankfold.cli.terminal import check_records, keeps, print_table, say, stages, write_records
 from rankfold.errors import InputError
 from rankfold.fingerprint import fingerprint
@@ -46,7 +46,7 @@ def evaluate(
     work: Annotated[
         Path, typer.Option(help="Folder in which completions are kept, so that an interrupted run resumes.")
     ] = Path("rankfold-completions"),
-    device: Device = "auto",
+    device: Devices = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     output: Records = None,

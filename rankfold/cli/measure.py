@@ -9,7 +9,7 @@ import typer
 
 from rankfold.checkpoint import chosen_device, load_model, load_tokenizer
 from rankfold.cli import in_options
-from rankfold.cli.options import Device, Dtype, Model, Records, to_dtype
+from rankfold.cli.options import Devices, Dtype, Model, Records, to_dtype
 from rankfold.cli.terminal import check_records, print_table, say, stages, write_records
 from rankfold.cost import open_meter
 from rankfold.measurement import HELD_OUT_TEXTS, table
@@ -57,7 +57,7 @@ def measure(
         float | None,
         typer.Option(min=0, help="Power to assume if there is no energy counter: an estimate.", rich_help_panel="Cost"),
     ] = None,
-    device: Device = "auto",
+    device: Devices = "auto",
     dtype: Dtype = "auto",
     output: Records = None,
 ) -> None:

@@ -10,17 +10,34 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from rankfold.checkpoint import SPREAD
 from rankfold.errors import InputError
 from rankfold.plan import Plan
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Model = Annotated[str, typer.Argument(help="Model folder, or name on the Hugging Face hub.")]
-Device = Annotated[
+
+
+def _one_device(name: str) -> str:
+    """Refuse, before anything is loaded, to spread a model that is worked on."""
+    if name == SPREAD:
+        raise InputError(
+            f"--device {SPREAD} is for rankfold measure, evaluate and benchmark, which only run a model. Give one "
+            "device: compression maps weights from their files and works on one block at a time."
+        )
+    return name
+
+
+PLACES = "auto (CUDA if available, then MPS, otherwise the CPU), cpu, cuda, cuda:1, mps"
+
+Device = Annotated[str, typer.Option(help=f"Where to compute: {PLACES}.", callback=_one_device)]
+Devices = Annotated[
     str,
     typer.Option(
-        help="Where to compute: auto (CUDA if available, then MPS, otherwise the CPU), cpu, cuda, cuda:1, mps, "
-        "or spread, over all accelerators, memory and disk, for models larger than each."
+        "--device",
+        help=f"Where to compute: {PLACES}, or {SPREAD}: over all accelerators, memory and disk, for models larger than "
+        "each.",
     ),
 ]
 Dtype = Annotated[str, typer.Option(help=f"Dtype of the weights: {', '.join(DTYPES)}.")]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rankfold.calibration import default_length
 from rankfold.cost.latency import interleaved_latency, now
 from rankfold.errors import InputError
 from rankfold.modules import WHOLE_MATRIX, WHOLE_ROW, GroupLinear, form_at
@@ -21,7 +22,7 @@ from rankfold.sites import Site
 SPEED_OF = {"decode": 1, "prompt": 128}
 """What is made faster, and the tokens that layers are timed at."""
 
-RUNGS = (0.02, 0.1, 0.25, 0.5, 0.75)
+RUNGS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.98)
 """Ranks that are timed, as shares of the full rank; between them seconds are interpolated."""
 
 ROUNDS = 9
@@ -52,6 +53,14 @@ class OptionSeconds:
         """Prices from the seconds of what `timed_layers` lists."""
         self._sites = {site.name: site for site in sites}
         self.seconds = {tuple(key): value for key, value in seconds.items()}
+
+    def fastest(self, names: Sequence[str]) -> float:
+        """Seconds of some sites where each is what takes the least time, whatever that costs."""
+        least: dict[tuple[int, int], float] = {}
+        for key, seconds in self.seconds.items():
+            least[key[0]] = min(seconds, least.get(key[0], seconds))
+        sites = [self._sites[name] for name in names]
+        return sum(least[site.out_features, site.in_features] * site.calls for site in sites)
 
     def __call__(self, option: Option) -> float:
         """Seconds of all sites of an option."""
@@ -110,13 +119,24 @@ def layer_seconds(
     return statistics.median(times)
 
 
-def model_seconds(model: Any, speed_of: str) -> float:
-    """Median seconds of one decoded token of a model, or of a prompt."""
-    found = interleaved_latency({"": model}, prompt_tokens=SPEED_OF["prompt"], rounds=ROUNDS)[""]
-    seconds = found.decode_seconds if speed_of == "decode" else found.prefill_seconds
-    if seconds is None:
-        raise InputError(f"A {type(model).__name__} decodes no tokens one by one. Ask for the speed of `prompt`.")
-    return seconds
+def model_seconds(models: Mapping[str, Any], speed_of: str) -> dict[str, float]:
+    """Median seconds of one decoded token, or of a prompt, of models that take turns.
+
+    Raises:
+        ValueError: If one decodes no tokens one after the other.
+    """
+    first = next(iter(models.values()))
+    prompt = min(SPEED_OF["prompt"], default_length(first.config) // 2)
+    times = interleaved_latency(models, prompt_tokens=prompt, rounds=ROUNDS)
+    if speed_of == "prompt":
+        return {name: found.prefill_seconds for name, found in times.items()}
+    seconds = {name: found.decode_seconds for name, found in times.items()}
+    if None in seconds.values():
+        raise InputError(
+            f"Decoding is not timed of a {type(first).__name__}, which does not continue a text with a cache of what "
+            "it has read. Ask for the speed of a prompt (`speed_of`)."
+        )
+    return {name: float(found or 0) for name, found in seconds.items()}
 
 
 def share_for(speedup: float | int, whole: float, layers: float) -> float:
@@ -138,7 +158,7 @@ def share_for(speedup: float | int, whole: float, layers: float) -> float:
     if share <= 0:
         raise InputError(
             f"`speedup` must lie below {whole / rest:.2f} here, but got {speedup:g}: what is not compressed takes "
-            f"{rest * 1e3:.1f} of {whole * 1e3:.1f} ms. Ask for less, or for embeddings in few bits (`embeddings`)."
+            f"{rest * 1e3:.1f} of {whole * 1e3:.1f} ms. Ask for less."
         )
     return min(1.0, share)
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from rankfold.errors import InputError
 from rankfold.modules.linear_stack import LinearStack
-from rankfold.modules.packed_linear import PackedLinear, unpack_linear
 from rankfold.precision import float64_device
 
 
@@ -45,8 +44,6 @@ def matrix_of(linear: Any) -> tuple[Tensor, Tensor | None]:
 
 def set_matrix(linear: Any, matrix: Tensor) -> None:
     """Give a linear layer another matrix (out, in), in place and in its own dtype."""
-    if isinstance(linear, PackedLinear):
-        unpack_linear(linear)
     with torch.no_grad():
         linear.weight.copy_(matrix.T if is_transposed(linear) else matrix)
 

@@ -1,10 +1,9 @@
-"""Linear layers in bfloat16 whose matrix lies in the order in which a CPU's kernels read it."""
+"""Linear layers in bfloat16 that also hold their matrix in the order in which a CPU's kernels read it."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,120 +12,69 @@ from torch.nn import functional as F
 
 
 class PackedLinear(nn.Linear):
-    """An `nn.Linear` with the same numbers, reordered once for oneDNN.
+    """An `nn.Linear` with a copy of its matrix that was reordered once for oneDNN.
 
     A plain layer has its matrix reordered in every call, or read as it lies, which takes up to twice as long where
-    few vectors are multiplied. The reordered matrix takes the place of the plain one, unless that is shared with
-    another layer; `weight` and the state on disk are what they were.
+    few vectors are multiplied. The copy is made in the first pass without gradients, is never saved, and is dropped
+    whenever the matrix is asked for or has changed: the next pass makes another, at the price of one plain call.
     """
 
-    _packed: Tensor
-
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The matrix, put into order at every access unless it is shared."""
-        plain = self._parameters.get("weight")
-        return self._packed.to_dense() if plain is None else plain
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The matrix; whoever asks for it may change it."""
+        self.__dict__.pop("_packed", None)
+        plain: nn.Parameter = self._parameters["weight"]  # type: ignore[assignment]
+        return plain
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """The layer's outputs."""
-        if torch.compiler.is_compiling():
-            # A compiler cannot look into such a matrix; the graph is broken here.
-            return cast(Tensor, _uncompiled(self, x))
-        trains = torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
-        if trains or x.dtype != torch.bfloat16:
-            return F.linear(x, self.weight, self.bias)
-        return _product(x, self._packed, self.bias)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Another matrix makes it a plain layer."""
-        if name == "weight":
-            unpack_linear(self)
-        nn.Linear.__setattr__(self, name, value)
+        plain: Any = self._parameters["weight"]
+        trains = torch.is_grad_enabled() and any(
+            part is not None and part.requires_grad for part in (x, plain, self.bias)
+        )
+        # A compiler reorders by itself, and cannot look into such a matrix.
+        if trains or torch.compiler.is_compiling() or not _has_kernel(plain) or x.dtype != torch.bfloat16:
+            return F.linear(x, plain, self.bias)
+        kept = self.__dict__.get("_packed")
+        if kept is None or kept[0] is not plain or kept[1] != plain._version:
+            kept = (plain, plain._version, torch.ops.mkldnn._reorder_linear_weight(plain.detach(), 1))
+            self.__dict__["_packed"] = kept
+        product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, kept[2], self.bias, "none", [], "")
+        return product
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        """Move or cast a plain layer: the order is this CPU's and this dtype's."""
-        unpack_linear(self)
-        return self._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        unpack_linear(self)
-        self._load_from_state_dict(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Any:
-        """Training needs a plain matrix."""
-        if mode:
-            unpack_linear(self)
-        return nn.Linear.train(self, mode)
+        """Move or cast."""
+        self.__dict__.pop("_packed", None)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies hold the plain matrix, and pack it again."""
-        state = {key: value for key, value in self.__dict__.items() if key != "_packed"}
-        weight = nn.Parameter(self.weight.detach(), requires_grad=False)
-        return state | {"_parameters": {"weight": weight} | self._parameters}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's matrix, reordered for it."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _pack(self, shared=False)
+        """Copies reorder for themselves."""
+        return {key: value for key, value in self.__dict__.items() if key != "_packed"}
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _uncompiled(layer: PackedLinear, x: Tensor) -> Tensor:
-    return layer.forward(x)
-
-
-def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
-    return product
+def _has_kernel(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16
 
 
 def can_pack(linear: nn.Module) -> bool:
     """Whether this is a plain linear layer in bfloat16 on a CPU that multiplies such numbers."""
     # What replaces `forward` on the instance, as accelerate's hooks do, would not see another class.
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__ or not linear.weight.numel():
         return False
-    weight = linear.weight
-    fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.numel() > 0
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return fits and available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return _has_kernel(linear.weight) and available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Reorder the matrix of every plain linear layer that can be, in place."""
-    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    """Let every plain linear layer that can hold its matrix reordered too, in place."""
     for module in model.modules():
         if can_pack(module):
-            _pack(module, shared=uses[id(module.weight)] > 1)
+            module.__class__ = PackedLinear
 
 
 def unpack_linears(model: nn.Module) -> None:
-    """Give every layer its plain matrix back, bit for bit."""
+    """Make them plain layers again."""
     for module in model.modules():
         if isinstance(module, PackedLinear):
-            unpack_linear(module)
-
-
-def unpack_linear(linear: nn.Linear) -> None:
-    """Give a layer its plain matrix back, bit for bit."""
-    weight = linear.weight
-    linear.__dict__.pop("_packed")
-    linear.__class__ = nn.Linear  # type: ignore[assignment]
-    if linear._parameters.get("weight") is None:
-        # The name was taken out of its place, which is the first.
-        others = dict(linear._parameters)
-        linear._parameters.clear()
-        linear._parameters.update({"weight": nn.Parameter(weight, linear.__dict__.pop("_trains", True)), **others})
-
-
-def _pack(linear: Any, *, shared: bool) -> None:
-    plain = linear._parameters["weight"]
-    linear.__dict__["_packed"] = torch.ops.mkldnn._reorder_linear_weight(plain.detach(), 1)
-    linear.__class__ = PackedLinear
-    if not shared:
-        linear.__dict__["_trains"] = plain.requires_grad
-        del linear._parameters["weight"]
+            module.__dict__.pop("_packed", None)
+            module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -19,8 +19,8 @@ def prefer(model: nn.Module, what: str) -> None:
         what: `balance`, as layers are after loading: in few bits the matrix of a kernel, or the whole one where there
             is no kernel. `memory`: never the whole one, which without a kernel is multiplied out at every call.
             `speed`: both, since passes over many tokens multiply by the whole one, which otherwise is made anew for
-            each; and plain layers in bfloat16 on a CPU have their matrix reordered for its kernels (`PackedLinear`),
-            until the model is trained, moved or cast. `torch.compile` does such things itself: prefer nothing then.
+            each; and plain layers in bfloat16 on a CPU hold their matrix once more, in the order of its kernels
+            (`PackedLinear`).
 
     Raises:
         ValueError: If it is none of these.

@@ -12,7 +12,6 @@ from torch import Tensor
 from rankfold.calibration import BUNDLED, Corpus, Statistics, calibrate, summed_loss, usual_labels
 from rankfold.compression import nest
 from rankfold.errors import InputError
-from rankfold.modules import unpack_linears
 from rankfold.pipeline.budget import Budget, parse_bytes
 from rankfold.pipeline.reading import Reading, read_text
 from rankfold.pipeline.run import Run, note
@@ -87,8 +86,9 @@ def compress(  # noqa: PLR0913
         allocation: A key of `rankfold.allocation.ALLOCATIONS`; by default the one that suits method and budget.
         form: A key of `rankfold.modules.FORMS`; by default the method's own.
         allow: What the budget may be spent on: `rank`, `bits`, or both (`"rank,bits"`).
-        multiple: Ranks are rounded down to a multiple of this; by default the knapsack chooses among multiples of
-            about a 32nd of the full rank, since CPUs and accelerators are slow at many different shapes.
+        multiple: Ranks are rounded down to a multiple of this; by default a knapsack over ranks alone (`keep`) chooses
+            among multiples of about a 32nd of the full rank, since many different shapes are slow, and one over bits
+            too among multiples of 8.
         effort: `quick` calibrates on 32 sequences and measures once; `default` on 128; `best` measures twice again on
             the compressed model and corrects its drift.
         rounds: Rounds after the first in which statistics are re-measured, for ordered methods; by default those of
@@ -147,7 +147,6 @@ def compress(  # noqa: PLR0913
             "A model that is spread over devices, or lies on disk, is measured as it is but not compressed. Load it on "
             "one device: compression maps weights from their files and works on one block at a time."
         )
-    unpack_linears(model)
     chosen = _chosen(model, sites)
     settings.check(model, chosen, budget)
     reading = None

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, get_num_threads, nn
 
 from rankfold.allocation import FACTOR_BITS, BudgetError, WidthLosses, allocate, form_for, uniform_widths
 from rankfold.calibration import Statistics, calibrate, summed_loss, usual_labels
@@ -185,6 +185,9 @@ class Run:
 
     def _keep_of(self, share: float | None, saved: int) -> float | None:
         """The fraction of the sites' bytes that is left where embeddings save some; `share` is a try's, if any."""
+        if self.price is not None:
+            # In seconds, of which embeddings save none that was predicted.
+            return share
         if self.budget.max_loss_increase is None:
             return self.budget.keep_of(self.model, self.sites, saved)
         assert share is not None, "a search tries shares"
@@ -213,34 +216,46 @@ class Run:
         return replace(self.budget.plan, options=options)
 
     def faster(self, speedup: float | int) -> Plan:
-        """Compress until the model is predicted to be so many times as fast, and time it before and after."""
-        model, settings = self.model, self.settings
-        tokens = SPEED_OF[settings.speed_of]
-        ways = settings.ways(self.budget)
-        layers = [
-            *timed_layers(
-                self.sites,
-                form_for(settings.method, settings.form),
-                WIDTHS if "bits" in ways else (),
-                FACTOR_BITS if len(ways) > 1 else (),
+        """Compress until the model is predicted to be so many times as fast, then time it beside the dense one."""
+        model, settings, names = self.model, self.settings, [site.name for site in self.sites]
+        dense = _twin(model)
+        found = self._timed(dense)
+        whole, self.price = found["whole"], OptionSeconds(self.sites, found["layers"])
+        layers = sum(self.price(Option(sites=(name,))) for name in names)
+        most = whole / max(whole - layers + self.price.fastest(names), 1e-9)
+        if speedup >= most:
+            raise InputError(
+                f"`speedup` must lie below {most:.2f} here, but got {speedup:g}: the layers take {layers * 1e3:.1f} of "
+                f"{whole * 1e3:.1f} ms, and what can be made of them takes {self.price.fastest(names) * 1e3:.1f} at "
+                "least. Ask for less, or allow more (`allow`)."
             )
-        ]
+        plan = self.attempt(share_for(speedup, whole, layers), "")
+        seconds = model_seconds({"dense": dense, "compressed": model}, settings.speed_of)
+        measured = round(seconds["dense"] / seconds["compressed"], 3)
+        return note(model, plan, {"speedup": speedup, "speed_of": settings.speed_of, "measured_speedup": measured})
+
+    def _timed(self, dense: Any) -> dict[str, Any]:
+        """Seconds of the dense model and of its layers in every kind, measured once in a resumed run."""
+        settings, ways = self.settings, self.settings.ways(self.budget)
+        weight = next(dense.parameters())
         kept = None if self.journal is None else self.journal.of("seconds")
-        if kept is None or "seconds" not in kept:
-            advance = self.stage("timing layers", len(layers))
-            found: dict[str, Any] = {"layers": seconds_of_layers(model, layers, tokens, advance)}
-            found["whole"] = model_seconds(model, settings.speed_of)
-            if kept is not None:
-                # Another run would measure others, and choose others by them.
-                kept["seconds"] = found
-        else:
-            found = kept["seconds"]
-        self.price = OptionSeconds(self.sites, found["layers"])
-        dense = sum(self.price(Option(sites=(site.name,))) for site in self.sites)
-        plan = self.attempt(share_for(speedup, found["whole"], dense), "")
-        measured = found["whole"] / model_seconds(model, settings.speed_of)
-        facts = {"speedup": speedup, "speed_of": settings.speed_of, "measured_speedup": round(measured, 3)}
-        return note(model, plan, facts)
+        # Another device would take other times, and the same run must choose the same after a kill.
+        place = f"{weight.device} {get_num_threads()}"
+        if kept is not None and place in kept:
+            return kept[place]  # type: ignore[no-any-return]
+        whole = model_seconds({"dense": dense}, settings.speed_of)["dense"]
+        kinds = timed_layers(
+            self.sites,
+            form_for(settings.method, settings.form),
+            WIDTHS if "bits" in ways else (),
+            FACTOR_BITS if len(ways) > 1 else (),
+        )
+        listed = [*kinds]
+        advance = self.stage("timing layers", len(listed))
+        found = {"whole": whole, "layers": seconds_of_layers(dense, listed, SPEED_OF[settings.speed_of], advance)}
+        if kept is not None:
+            kept[place] = found
+        return found
 
     def search(self, limit: float) -> Plan:
         """Compress as far as the loss on held-out text rises by no more than a limit."""
@@ -297,6 +312,11 @@ class Run:
             rise = next_token_quality(model, held_out).loss - plan.calibration["dense_loss"]
             plan = note(model, plan, {"measured_increase": round(rise, 5)})
         return plan
+
+
+def _twin(model: Any) -> Any:
+    """The model once more, sharing all that is stored, so that it stays as it is while the other's layers change."""
+    return copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers())})
 
 
 def _teacher(model: Any, shared: Iterable[nn.Module]) -> Any:

@@ -89,7 +89,7 @@ class Workers:
 
     The moments are sums over the text, so each worker walks through the blocks with its share of the batches; what
     they saw of a block is added up here, and factorized by whichever is free. A worker that is lost costs its part of
-    the work: another one does that again, beside its own.
+    the work: another one does that again, beside its own and with a model of its own.
     """
 
     def __init__(
@@ -255,6 +255,8 @@ class Walks:
 
     def _hand_on(self, reader: Any) -> None:
         """Share out the walks of a lost reader; without any other the loss is told."""
+        # One that cannot be reached may still run.
+        self._ray.kill(reader)
         self._readers = [other for other in self._readers if other is not reader]
         if not self._readers:
             raise self._ray.exceptions.RayActorError(error_msg="all workers were lost")

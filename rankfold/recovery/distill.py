@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from rankfold.errors import InputError
-from rankfold.modules import GroupLinear, QuantizedLinear, unpack_linears
+from rankfold.modules import GroupLinear, QuantizedLinear
 from rankfold.progress import Step, no_step
 from rankfold.sites import vocabulary_size
 
@@ -88,7 +88,6 @@ def recover(  # noqa: PLR0913
     windows, held_out = _windows(batches, held_out)
     quantized = is_quantized(model)
     _check(model, teacher, objective, adapters=lora_rank is not None)
-    unpack_linears(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
     start = {} if lora_rank else {name: part.clone() for name, part in model.state_dict().items()}

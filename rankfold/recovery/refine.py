@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from rankfold.calibration import BlockStep, walk_blocks, without_labels
 from rankfold.calibration.walk import Call
 from rankfold.errors import InputError
-from rankfold.modules import linear_at, put, restack, unpack_linears, use_eager_experts
+from rankfold.modules import linear_at, put, restack, use_eager_experts
 from rankfold.progress import Step, no_step
 from rankfold.recovery.divergence import divergence
 from rankfold.sites import block_paths
@@ -79,7 +79,6 @@ def refine_blocks(  # noqa: PLR0913
     prefix = "" if base is model else f"{model.base_model_prefix}."
     compressed = {name: linear_at(model, name) for name in dense}
     use_eager_experts(model)
-    unpack_linears(model)
     training = model.training
     read = without_labels(batches)
     results: list[Refined] = []
@@ -149,7 +148,6 @@ def refine_predictions(  # noqa: PLR0913
     if not predicts(teacher, read[0]):
         raise InputError(f"A {type(model).__name__} predicts no distribution; refine it towards its blocks' outputs.")
     use_eager_experts(model)
-    unpack_linears(model)
     paths = block_paths(model)
     blocks = {path: model.get_submodule(path) for path in paths}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
