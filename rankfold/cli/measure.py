@@ -48,8 +48,8 @@ def measure(
         str,
         typer.Option(
             "--prefer",
-            help=f"What layers keep in memory: {', '.join(PREFERENCES)}. With speed 16-bit layers are reordered for "
-            "the CPU, and those in few bits keep a 16-bit copy for prompts.",
+            help=f"What layers keep in memory: {', '.join(PREFERENCES)}. With speed layers in bfloat16 are held in the "
+            "order of the CPU's kernels too, and those in few bits as a 16-bit copy for prompts.",
             rich_help_panel="Cost",
         ),
     ] = "balance",
