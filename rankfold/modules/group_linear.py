@@ -16,6 +16,9 @@ from rankfold.modules.spqr_linear import pack, unpack
 WHOLE_ROW, WHOLE_MATRIX = 0, -1
 """In place of the size of a group: one scale for each row, or for all, and no zero points."""
 
+BLOCK = 16
+"""PyTorch's kernels take rows and columns in multiples of this; others come out wrong or end the process (2.13)."""
+
 IN_CACHE = 2**18
 """Weights that are unpacked together: what is between their codes and the matrix stays in a core's cache."""
 
@@ -154,19 +157,17 @@ class GroupLinear(QuantizedLinear):
         self.__dict__.pop("_levels", None)
 
     def kernel(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-        """PyTorch's products on CPUs: of 4-bit groups, which fewer bits fit into too, and of 8-bit rows.
+        """PyTorch's products on CPUs: of 4-bit groups, and of 8-bit rows; fewer bits fit into both.
 
         Groups in more bits are the sum of two products in 4, of the upper and of the lower four bits of each code. In
         float32 the kernels are twenty times slower than a product with the whole matrix.
         """
-        # Other sizes are computed wrongly or end the process (torch 2.13, `_weight_int8pack_mm`).
-        whole_blocks = self.out_features % 16 == 0 and self.in_features % 16 == 0
-        if self.codes.device.type != "cpu" or dtype != torch.bfloat16 or not whole_blocks:
+        if self.codes.device.type != "cpu" or dtype != torch.bfloat16:
             return None
         scales, zeros = self.statistics()
         if isinstance(zeros, float):
-            return self._int8_product(scales, dtype) if self.bits == 8 else None
-        if self.group not in (32, 64, 128, 256) or self.in_features % self.group:
+            return self._int8_product(scales, dtype)
+        if self.group not in (32, 64, 128, 256) or self.in_features % self.group or self.out_features % BLOCK:
             return None
         levels = self.levels()
         low = _int4_product(levels & 15, scales, zeros % 16, self.group, dtype)
@@ -176,9 +177,16 @@ class GroupLinear(QuantizedLinear):
         return lambda x: high(x).add_(low(x))
 
     def _int8_product(self, scales: Float[Tensor, "rows 1"], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        signed = (self.levels().short() - 128).to(torch.int8)
-        each = scales.reshape(-1).expand(self.out_features).to(dtype).contiguous()
-        return lambda x: torch._weight_int8pack_mm(x.contiguous(), signed, each)
+        rows, columns = -self.out_features % BLOCK, -self.in_features % BLOCK
+        signed = F.pad((self.levels().short() - 2 ** (self.bits - 1)).to(torch.int8), (0, columns, 0, rows))
+        each = F.pad(scales.reshape(-1).expand(self.out_features).to(dtype), (0, rows)).contiguous()
+
+        def product(x: Tensor) -> Tensor:
+            x = F.pad(x, (0, columns)) if columns else x.contiguous()
+            y = torch._weight_int8pack_mm(x, signed, each)
+            return y[:, : self.out_features] if rows else y
+
+        return product
 
     def extra_repr(self) -> str:
         """Sizes, bits and groups."""

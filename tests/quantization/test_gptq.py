@@ -132,6 +132,20 @@ def test_kernels_multiply_what_is_stored(bits: int, group: int, dtype: torch.dty
         assert float((y.float() - expected).norm()) <= tolerance * float(expected.norm())
 
 
+@pytest.mark.parametrize("shape", [(40, 96), (8, 72), (48, 8)])
+@pytest.mark.parametrize(("bits", "group"), [(4, WHOLE_ROW), (4, WHOLE_MATRIX), (8, WHOLE_ROW)])
+def test_factors_of_any_size_have_a_kernel(shape: tuple[int, int], bits: int, group: int) -> None:
+    W, S, _ = case(*shape)
+    layer = gptq_linear(gptq(W, S, bits, group), Groups(bits, group), torch.ones(shape[0]), torch.bfloat16)
+    assert layer.kernel(torch.bfloat16) is not None
+    x = torch.randn(2, 3, shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = x.float() @ layer.dequantized().T + 1
+    with torch.no_grad():
+        found = layer(x)
+    assert found.shape == expected.shape
+    assert float((found.float() - expected).norm()) <= 6e-3 * float(expected.norm())
+
+
 def test_gradients_pass_through_and_what_was_prepared_follows_the_buffers() -> None:
     W, S, _ = case(32, 64)
     layer = gptq_linear(gptq(W, S, 4, 32), Groups(4, 32), None, torch.float32)
