@@ -31,8 +31,8 @@ def widened(tensor: Tensor) -> Tensor:
 def device_of(model: Any) -> torch.device:
     """Where a model takes its inputs; the first weight tells it, unless accelerate keeps that on disk."""
     device: torch.device = next(model.parameters()).device
-    if device.type != "meta":
-        return device
     places = getattr(model, "hf_device_map", {}).values()
+    if device.type != "meta" or not places:
+        return device
     place = next((place for place in places if place not in {"cpu", "disk", "meta"}), "cpu")
     return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
