@@ -160,10 +160,10 @@ def rows() -> Iterator[tuple[str, Make]]:
 class Row:
     """A row and what is known of it."""
 
-    def __init__(self, bench: Bench, name: str, make: Make, base: str, results: Results) -> None:
-        self.bench, self.name, self.make, self.base, self.results = bench, name, make, base, results
-        self.folder = bench.place / name
-        self.facts: dict[str, Any] = {"base": base, "row": name}
+    def __init__(self, bench: Bench, name: str, make: Make, results: Results) -> None:
+        self.bench, self.name, self.make, self.results = bench, name, make, results
+        self.base, self.folder = bench.place.name, bench.place / name
+        self.facts: dict[str, Any] = {"base": self.base, "row": name}
 
     @cached_property
     def model(self) -> Any:
@@ -251,43 +251,54 @@ class Row:
         self.add(SPEED, values)
 
 
-def main() -> None:
-    """Measure what is missing, row by row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def shared_arguments(description: str | None, **text: Any) -> argparse.ArgumentParser:
+    """What programs of this kind are told: the model, texts (as `text` says), the folder of work and rows."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--calibration", required=True, help="text to calibrate on")
-    parser.add_argument("--text", required=True, help="held-out text")
-    parser.add_argument("--data", required=True, type=Path, help="folder of the benchmarks' files")
+    parser.add_argument("--calibration", help="text to calibrate on", **text)
+    parser.add_argument("--text", help="held-out text", **text)
     parser.add_argument(
         "--work", required=True, type=Path, help="folder for the models of all rows; remove it when a method changes"
     )
     parser.add_argument("--rows", nargs="*", help="names of rows, or how they begin (default: all)")
+    return parser
+
+
+def prepared(arguments: argparse.Namespace) -> Bench:
+    """The dense model, written to the folder of work if it is not there."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet()
+    place = arguments.work / Path(arguments.model).name.removesuffix(".gguf")
+    if not (place / "original").is_dir():
+        model, tokenizer = rankfold.load(arguments.model, dtype=torch.bfloat16)
+        rankfold.save(model, tokenizer, place / "original")
+    return Bench(place, arguments)
+
+
+def asked_for(rows: Iterator[tuple[str, Make]], names: Sequence[str] | None) -> list[tuple[str, Make]]:
+    """Rows of some names, or beginnings of names; all without any."""
+    return [(name, make) for name, make in rows if not names or any(name.startswith(wanted) for wanted in names)]
+
+
+def main() -> None:
+    """Measure what is missing, row by row."""
+    parser = shared_arguments(__doc__, required=True)
+    parser.add_argument("--data", required=True, type=Path, help="folder of the benchmarks' files")
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--limit", type=int, default=400, help="questions of each task")
     results = Results("real_quality")
     arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    quiet()
-    base = Path(arguments.model).name.removesuffix(".gguf")
-    place, data = arguments.work / base, arguments.work / "data"
-    if not (place / "original").is_dir():
-        model, tokenizer = rankfold.load(arguments.model, dtype=torch.bfloat16)
-        rankfold.save(model, tokenizer, place / "original")
+    bench, data = prepared(arguments), arguments.work / "data"
     if not data.is_dir():
         convert_data(arguments.data, data)
-    bench = Bench(place, arguments)
-    chosen = [
-        (name, make)
-        for name, make in rows()
-        if not arguments.rows or any(name.startswith(wanted) for wanted in arguments.rows)
-    ]
+    chosen = asked_for(rows(), arguments.rows)
     # What tells most in the least time first, of all rows.
     for name, make in chosen:
-        row = Row(bench, name, make, base, results)
+        row = Row(bench, name, make, results)
         row.loss()
         row.speed()
     for name, make in chosen:
-        row = Row(bench, name, make, base, results)
+        row = Row(bench, name, make, results)
         for task in arguments.tasks:
             row.benchmark(task, data)
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from real_model_page import readme_table, section
+from real_model_page import draw_front, readme_table, section
 from results import RESULTS, ROOT, read
 
 from rankfold.record import Record
@@ -471,6 +471,7 @@ if __name__ == "__main__":
     path.write_text(with_numbers(path.read_text()))
     (ROOT / "docs" / "quality.md").write_text(quality_page())
     (ROOT / "docs" / "figures").mkdir(exist_ok=True)
+    draw_front(ROOT / "docs" / "figures")
     draw_points(
         frontier(),
         ROOT / "docs" / "figures" / "frontier.svg",

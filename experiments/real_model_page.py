@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from results import read
 
 from rankfold.record import Record
+from rankfold.reports.figures import draw_points
 
 NAMES = {
     "arc_easy": "ARC-e",
@@ -27,6 +29,15 @@ SHOWN_FIRST = (
     "LoRD, keep 0.8",
 )  # fmt: skip
 """The README's rows."""
+
+
+SERIES = {
+    "rankfold": "rankfold, bits and ranks, embeddings too",
+    "GPTQ": "GPTQ of ours",
+    "nearest": "rounded to nearest",
+    "rankfold, bits": "rankfold, bits alone",
+}
+"""Names of series in the picture."""
 
 
 class Difference(NamedTuple):
@@ -62,8 +73,9 @@ class Row:
         return [task for task in NAMES if (f"{task} acc", None) in self.found]
 
     def answers(self, task: str) -> list[int]:
-        """Whether each question was answered rightly."""
-        return [int(mark) for mark in self.found[f"{task} acc", None].context["answers"]]
+        """Whether each question was answered rightly, or each programming task solved."""
+        name = f"{task} acc" if task in NAMES else f"{task} pass@1"
+        return [int(mark) for mark in self.found[name, None].context["answers"]]
 
     def beside(self, dense: Row, tasks: Sequence[str]) -> Difference:
         """The mean accuracy over tasks less the dense model's, in pairs of the same questions."""
@@ -81,16 +93,16 @@ class Row:
         return Difference(statistics.fmean(apart), statistics.stdev(apart) / math.sqrt(len(apart)))
 
 
-def rows_of(base: str) -> list[Row]:
+def rows_of(base: str, results: str = "real_quality") -> list[Row]:
     """The rows of a model whose loss was measured."""
-    records = [record for record in read("real_quality") if record.context["base"] == base]
+    records = [record for record in read(results) if record.context["base"] == base]
     rows = [Row(name, records) for name in dict.fromkeys(record.subject for record in records)]
     return [row for row in rows if row.record("loss") is not None]
 
 
-def bases() -> list[str]:
+def bases(results: str = "real_quality") -> list[str]:
     """Models that were measured."""
-    return list(dict.fromkeys(record.context["base"] for record in read("real_quality")))
+    return list(dict.fromkeys(record.context["base"] for record in read(results)))
 
 
 def megabytes(row: Row) -> str:
@@ -137,6 +149,41 @@ def table(base: str, names: Sequence[str] | None = None) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def front(base: str) -> dict[str, list[tuple[float, float]]]:
+    """Megabytes of the whole model and the rise of its loss, by method: of the rows here and of one budget's."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    rows = {row.name: row for row in rows_of(base)}
+    for name, row in rows.items():
+        stored = row.found["loss", None].context["bytes"]
+        if name != "dense" and stored is not None:
+            method = name.partition(",")[0] + (", ranks alone" if name.startswith("rankfold, keep") else "")
+            points.setdefault(SERIES.get(method, method), []).append((stored / 1e6, row.rise(rows["dense"]).value))
+    budgets = [record for record in read("one_budget") if record.context["base"] == base and "row" in record.context]
+    # What another library rounded is held in 16 bits here, and has the size of ours with as many bits.
+    memory = sorted((r.context["bits"], float(r.value or 0)) for r in budgets if r.name == "memory")
+    sizes = {bits: size for bits, size in reversed(memory)}
+    dense = rows["dense"].value("loss")
+    for record in budgets:
+        if record.name == "loss" and "average" in record.context and "compensation" not in record.context["row"]:
+            method = SERIES.get(record.context["row"], record.context["row"])
+            points.setdefault(method, []).append(
+                (sizes[record.context["bits"]] / 1e6, float(record.value or 0) - dense)
+            )
+    return {method: found for method, found in points.items() if found}
+
+
+def draw_front(folder: Path) -> None:
+    """The picture of the model that the README shows."""
+    for base in bases()[:1]:
+        draw_points(
+            front(base),
+            folder / "real-front.svg",
+            title=f"{base}: what a byte buys",
+            axes=("megabytes of the whole model", "rise of the loss, nat/token"),
+            lines=True,
+        )
 
 
 def circumstances_of(base: str) -> str:
