@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
+from commands import RANKFOLD, run
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -83,19 +81,6 @@ def naive(source: Path, target: Path) -> None:
     save_file(factors, target / "factors.safetensors")
 
 
-def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a process."""
-    start = time.perf_counter()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(errors.decode()[-3000:])
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
-
-
 def compare(pairs: int, output: Path) -> None:
     """Run the pairs, write every run and the ratios."""
     runs: dict[str, list[tuple[float, int]]] = {"rankfold": [], "naive": []}
@@ -103,28 +88,20 @@ def compare(pairs: int, output: Path) -> None:
         source = Path(temporary) / "model"
         make_model(source)
         for number in range(pairs):
-            ours = [sys.executable, "-m", "rankfold.cli", "compress", str(source), f"{temporary}/ours-{number}"]
-            ours += [
-                "--method",
-                "whitened",
-                "--keep",
-                str(KEEP),
-                "--sequences",
-                str(SEQUENCES),
-                "--length",
-                str(LENGTH),
-            ]
-            theirs = [sys.executable, __file__, "--naive", str(source), f"{temporary}/naive-{number}"]
+            ours = [*RANKFOLD, "compress", source, f"{temporary}/ours-{number}", "--method", "whitened"]
+            ours += ["--keep", KEEP, "--sequences", SEQUENCES, "--length", LENGTH]
+            theirs = [sys.executable, __file__, "--naive", source, f"{temporary}/naive-{number}"]
             for name, command in (("rankfold", ours), ("naive", theirs)):
-                runs[name].append(timed(command))
+                spent = run(command)
+                runs[name].append((spent.seconds, spent.peak_memory))
                 print(f"{name}: {runs[name][-1][0]:.1f} s, {runs[name][-1][1] / 2**20:,.0f} MiB", flush=True)
     settings = {"parameters": 304_000_000, "sequences": SEQUENCES, "length": LENGTH, "keep": KEEP, "threads": 1}
     here = circumstances("random Llama, 304 M", data="bundled:calibration", seed=0, **settings)
     records = []
     for index, (quantity, unit) in enumerate((("time", "second"), ("peak_memory", "byte"))):
-        medians = {name: statistics.median(run[index] for run in values) for name, values in runs.items()}
+        medians = {name: statistics.median(each[index] for each in values) for name, values in runs.items()}
         for name, values in runs.items():
-            every = [run[index] for run in values]
+            every = [each[index] for each in values]
             records.append(here.record(name, quantity, medians[name], unit, runs=every))
         ratio = medians["naive"] / medians["rankfold"]
         records.append(here.record("naive / rankfold", quantity, ratio))

@@ -12,14 +12,13 @@ of the clock, so that other work on the machine counts less. Results: benchmarks
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from commands import RANKFOLD, run
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
@@ -33,27 +32,14 @@ from rankfold.pipeline import read_text
 SEQUENCES, LENGTH = 32, 512
 
 
-def spent(command: list[Any]) -> tuple[float, int]:
-    """Processor seconds and peak resident bytes of a process and what it started."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen([str(c) for c in command], env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            errors.seek(0)
-            raise RuntimeError(f"{command} failed: {errors.read().decode()[-3000:]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-
-
 def rows(arguments: argparse.Namespace, work: Path) -> dict[str, list[Any]]:
     """The command of each row."""
     model, text = arguments.model, ["--calibration", arguments.calibration]
     text += ["--sequences", SEQUENCES, "--length", LENGTH]
-    ours = [sys.executable, "-m", "rankfold.cli"]
     found = {
-        "GPTQ": [*ours, "quantize", model, work / "gptq", "--scheme", "gptq", "--bits", 3, *text],
-        "rankfold, bits": [*ours, "compress", model, work / "bits", "--bits", 3.3, "--allow", "bits", *text],
-        "rankfold, bits and ranks": [*ours, "compress", model, work / "both", "--bits", 3.3, *text],
+        "GPTQ": [*RANKFOLD, "quantize", model, work / "gptq", "--scheme", "gptq", "--bits", 3, *text],
+        "rankfold, bits": [*RANKFOLD, "compress", model, work / "bits", "--bits", 3.3, "--allow", "bits", *text],
+        "rankfold, bits and ranks": [*RANKFOLD, "compress", model, work / "both", "--bits", 3.3, *text],
     }
     if arguments.llm_compressor:
         loaded, tokenizer = rankfold.load(model)
@@ -83,11 +69,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for row, command in rows(arguments, Path(place)).items():
 
-            def run(command: list[Any] = command) -> dict[str, Any]:
-                seconds, peak = spent(command)
-                return {"processor_time": seconds, "peak_memory": peak}
+            def measured(command: list[Any] = command) -> dict[str, Any]:
+                spent = run(command)
+                return {"processor_time": spent.processor_seconds, "peak_memory": spent.peak_memory}
 
-            results.measure(Path(arguments.model).name, row, here, run)
+            results.measure(Path(arguments.model).name, row, here, measured)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,15 @@ ASSETS: dict[str, Asset] = {
             "tokenizer_config.json": "a32c88a67297bb9c99d8240afc75b2fe99869ae991cbcc1b0d1aacb91d32bb6b",
         },
     ),
+    "models": Asset(
+        "",
+        "GGUF files of HuggingFaceTB/SmolLM2-135M-Instruct (Q4_1) and Qwen/Qwen2.5-Coder-0.5B-Instruct (Q4_K_M; both "
+        "Apache-2.0), under these names",
+        {
+            "SmolLM2-135M-Instruct.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            "Qwen2.5-Coder-0.5B-Instruct.gguf": "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        },
+    ),
     "data/tinystories": Asset(
         "",
         "197 KB of the training split of roneneldan/TinyStories (CDLA-Sharing-1.0)",

@@ -42,33 +42,40 @@ class Program(NamedTuple):
 
 MEASURE: tuple[Program, ...] = (
     Program(
-        "benchmarks/real_quality.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
+        "benchmarks/real_quality.py ASSETS/models/SmolLM2-135M-Instruct.gguf --calibration "
         "ASSETS/data/wikitext2/wiki.valid.tokens --text ASSETS/data/wikitext2/wiki.test.raw --data ASSETS/data "
         "--work ASSETS/rows",
         "README, table; docs/quality.md, real models",
         "real_quality",
     ),
     Program(
-        "benchmarks/one_budget.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
+        "benchmarks/code_quality.py ASSETS/models/Qwen2.5-Coder-0.5B-Instruct.gguf --programs "
+        "ASSETS/data/humaneval/HumanEval.jsonl.gz --work ASSETS/rows",
+        "docs/lord.md, a real code model",
+        "code_quality",
+    ),
+    Program(
+        "benchmarks/one_budget.py ASSETS/models/SmolLM2-135M-Instruct.gguf --calibration "
         "ASSETS/data/wikitext2/wiki.valid.tokens --text ASSETS/data/wikitext2/wiki.test.raw",
         "docs/quality.md, one budget",
         "one_budget",
     ),
     Program(
-        "benchmarks/adapters.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
+        "benchmarks/adapters.py ASSETS/models/SmolLM2-135M-Instruct.gguf --calibration "
         "ASSETS/data/wikitext2/wiki.valid.tokens --text ASSETS/data/wikitext2/wiki.test.raw --tune "
         "ASSETS/data/tinystories/tinystories_sample.txt",
         "docs/quality.md, adapters",
         "adapters",
     ),
     Program(
-        "benchmarks/few_bits_cost.py ASSETS/SmolLM2-135M-Instruct.Q4_1.gguf --calibration "
+        "benchmarks/few_bits_cost.py ASSETS/models/SmolLM2-135M-Instruct.gguf --calibration "
         "ASSETS/data/wikitext2/wiki.valid.tokens",
         "docs/quality.md, cost of few bits",
         "few_bits_cost",
     ),
     Program("benchmarks/quality.py --assets ASSETS", "docs/quality.md", "quality"),
     Program("benchmarks/compress_cost.py", "docs/quality.md, cost", "compress_cost"),
+    Program("benchmarks/effort.py models/pycode-llama", "docs/quality.md, cost", "effort"),
     Program("experiments/predicted_loss.py STORIES", "docs/quality.md, predictions", "predicted_loss-stories260K"),
     Program("experiments/lord_sizes.py", "docs/lord.md", "lord_sizes"),
     Program("experiments/lord_sensitivity.py", "docs/lord.md and figures", "lord_sensitivity"),

@@ -152,8 +152,34 @@ def grids() -> list[str]:
         f"{cost['peak_memory']:.1f} times the memory of `rankfold compress` (`python benchmarks/compress_cost.py`, alternating runs, one thread). Beside",
         f"SVD-LLM's own functions (`python benchmarks/svd_llm.py`, 29 M parameters): {', '.join(parts)}.",
         "",
+        *efforts(),
         *memory(),
     ]
+
+
+def efforts() -> list[str]:
+    """What each effort takes and gives."""
+    found = {(r.subject, r.context["row"], r.name): r for r in read("effort")}
+    if not found:
+        return []
+    lines = [
+        "What each effort takes and what it gives (`python benchmarks/effort.py MODEL`, whole commands on one thread, other work beside them; the",
+        "rise of the loss over the dense model's in pairs of windows, ± one standard error):",
+        "",
+        "| | rise of the loss, nat/token | divergence | processor seconds | peak memory, GB | seconds over default's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for subject, row in dict.fromkeys((subject, row) for subject, row, _ in found):
+        rise, divergence, seconds, memory = (
+            found[subject, row, name] for name in ("rise", "divergence", "processor_time", "peak_memory")
+        )
+        default = found.get((subject, f"default,{row.partition(',')[2]}", "processor_time"))
+        ratio = "" if default is None else f"{float(seconds.value or 0) / float(default.value or 1):.2f}"
+        lines.append(
+            f"| {subject}, {row} | {rise.value:.4f} ± {rise.error:.4f} | {divergence.value:.4f} ± {divergence.error:.4f} | "
+            f"{seconds.value:,.0f} | {float(memory.value or 0) / 1e9:.1f} | {ratio} |"
+        )
+    return [*lines, ""]
 
 
 def memory() -> list[str]:

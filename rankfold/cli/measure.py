@@ -14,7 +14,7 @@ from rankfold.cli.terminal import check_records, print_table, say, stages, write
 from rankfold.cost import open_meter
 from rankfold.measurement import HELD_OUT_TEXTS, table
 from rankfold.measurement import measure as measure_models
-from rankfold.modules import PREFERENCES, prefer
+from rankfold.modules import PREFERENCES, check_preference, prefer
 
 
 def told(line: str) -> None:
@@ -66,6 +66,7 @@ def measure(
     # A folder of adapters holds no model of its own.
     folders = {name: str(source) for name, source in names.items() if (Path(str(source)) / "config.json").is_file()}
     check_records(output)
+    check_preference(preference)
     models = {name: load_model(str(source), dtype=to_dtype(dtype), device=device) for name, source in names.items()}
     for loaded in models.values():
         prefer(loaded, preference)

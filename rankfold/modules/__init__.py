@@ -39,7 +39,7 @@ from rankfold.modules.low_rank_linear import LowRankLinear
 from rankfold.modules.module_weight import ModuleWeight
 from rankfold.modules.packed_linear import PackedLinear, pack_linears, unpack_linears
 from rankfold.modules.pivoted_linear import PivotedLinear
-from rankfold.modules.preferences import PREFERENCES, prefer
+from rankfold.modules.preferences import PREFERENCES, check_preference, prefer
 from rankfold.modules.quantized_linear import QuantizedLinear
 from rankfold.modules.spqr_linear import SpQRLinear, pack, statistics, unpack
 from rankfold.modules.storages import QUANTIZERS, Quantizer, quantizer_at, settings_for
@@ -71,6 +71,7 @@ __all__ = [
     "SpQRLinear",
     "TiedHead",
     "TuckerLinear",
+    "check_preference",
     "factorized_module",
     "form_at",
     "forms_for",

@@ -11,6 +11,16 @@ from rankfold.modules.quantized_linear import QuantizedLinear
 PREFERENCES = ("balance", "memory", "speed")
 
 
+def check_preference(what: str) -> None:
+    """Whether layers know this preference.
+
+    Raises:
+        ValueError: If it is none of `PREFERENCES`.
+    """
+    if what not in PREFERENCES:
+        raise InputError(f"Layers can prefer {', '.join(PREFERENCES)}, but got {what!r}.")
+
+
 def prefer(model: nn.Module, what: str) -> None:
     """Choose between memory and speed for the linear layers of a model, in place; its state on disk does not change.
 
@@ -25,8 +35,7 @@ def prefer(model: nn.Module, what: str) -> None:
     Raises:
         ValueError: If it is none of these.
     """
-    if what not in PREFERENCES:
-        raise InputError(f"Layers can prefer {', '.join(PREFERENCES)}, but got {what!r}.")
+    check_preference(what)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             module.prefers = what
