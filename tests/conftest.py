@@ -50,3 +50,13 @@ def stories() -> Path:
 def bundled() -> Path:
     """The trained Llama that ships with the package."""
     return ROOT / "models" / "pycode-llama"
+
+
+@pytest.fixture(scope="session")
+def shallow(bundled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three blocks of it, for what takes as long as there are blocks."""
+    folder = tmp_path_factory.mktemp("shallow") / "pycode-llama"
+    model = transformers.AutoModelForCausalLM.from_pretrained(bundled, num_hidden_layers=3)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(bundled).save_pretrained(folder)
+    return folder

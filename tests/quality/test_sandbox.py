@@ -207,9 +207,9 @@ def test_a_report_that_was_cut_off_is_no_pass() -> None:
     assert _execution(watch, None, (0, 0.1), 1.0).error == "Died"
 
 
-@pytest.mark.parametrize("file", ["humaneval/HumanEval.jsonl.gz", "mbpp/mbpp.jsonl"])
-def test_reference_solutions_pass_and_mutated_ones_fail(file: str) -> None:
-    tasks = load_tasks(asset(f"data/{file}"))
+@pytest.mark.parametrize(("file", "every"), [("humaneval/HumanEval.jsonl.gz", 1), ("mbpp/mbpp.jsonl", 4)])
+def test_reference_solutions_pass_and_mutated_ones_fail(file: str, every: int) -> None:
+    tasks = load_tasks(asset(f"data/{file}"))[::every]
     sandbox = Sandbox()
     right = sandbox.run_all([task.program(task.solution) for task in tasks])
     assert [task.name for task, done in zip(tasks, right, strict=True) if not done.passed] == []
