@@ -207,10 +207,6 @@ def memory() -> list[str]:
     return [*lines, ""] if subjects else []
 
 
-README_BITS = [2.3, 3.3, 4.3]
-"""Bits a weight that the README shows."""
-
-
 def budget_table(base: str) -> list[str]:
     """Rows down, bits a weight across: the rise of the loss over the dense model's, on the same windows."""
     records = [record for record in read("one_budget") if record.context.get("base") == base]
@@ -351,54 +347,12 @@ def adapters() -> list[str]:
     return lines
 
 
-def readme_budgets() -> str:
-    """The README's other table: a real model at equal bytes, in few bits everywhere and with one budget."""
-    records = [record for record in read("one_budget") if record.name == "loss"]
-    dense = {record.context["base"]: float(record.value or 0) for record in records if record.subject == "dense"}
-    averages = README_BITS
-    rises = {
-        (record.context["base"], record.context["row"], record.context["average"]): float(record.value or 0)
-        - dense[record.context["base"]]
-        for record in records
-        if "average" in record.context and "row" in record.context
-    }
-    base = next(iter(dense))
-    lines = [
-        f"Rise of the loss of {base} (dense: {dense[base]:.3f} nat/token) at equal bytes, everything that is stored for a layer counted:",
-        "",
-        "| bits a weight | " + " | ".join(f"{average:g}" for average in averages) + " |",
-        "|---" * (len(averages) + 1) + "|",
-    ]
-    names = {
-        "nearest": "rounded to nearest",
-        "GPTQ by llm-compressor": "GPTQ by llm-compressor, the same bits everywhere",
-        "GPTQ": "GPTQ of ours, the same bits everywhere",
-    }
-    rows = ("nearest", "GPTQ by llm-compressor", "GPTQ", "rankfold, bits", "rankfold, bits and ranks")
-    for other in dense:
-        for row in rows:
-            label = f"{names.get(row, row)}" + ("" if other == base else ", rotated weights")
-            if not all((other, row, average) in rises for average in averages):
-                continue
-            if other == base or row in ("GPTQ by llm-compressor", "GPTQ", rows[-1]):
-                lines.append(
-                    f"| {label} | " + " | ".join(f"{rises[other, row, average]:.3f}" for average in averages) + " |"
-                )
-    context = next(record.context for record in records)
-    used = context["calibration"]
-    lines += [
-        "",
-        f"WikiText-2 test, {context['tokens']:,} tokens scored; calibrated on {used['tokens']:,} tokens of its validation text, seed 0; our GPTQ orders columns",
-        f"and searches ranges. {made_with(records)}, CPU: `python benchmarks/one_budget.py`. These weights once had 4 bits,",
-        "which flatters 4-bit rows; rotation takes them off that grid. Errors and more rows: [docs/quality.md](docs/quality.md).",
-    ]
-    return "\n".join([*lines, *peer_ratios(dense)])
-
-
-def peer_ratios(dense: Mapping[str, float]) -> list[str]:
-    """In one sentence what one budget loses at the bytes of other people's quantizers."""
+def claim() -> str:
+    """What one budget loses at the bytes of other people's quantizers, as a share of what these lose."""
+    records = read("one_budget")
+    dense = {r.context["base"]: float(r.value or 0) for r in records if r.name == "loss" and r.subject == "dense"}
     rises: dict[tuple[str, str], dict[str, float]] = {}
-    for record in read("one_budget"):
+    for record in records:
         if "peer" not in record.context or "rotated" not in record.context["base"]:
             continue
         *_, name = record.context["row"].rsplit(" of ", 1)
@@ -409,15 +363,19 @@ def peer_ratios(dense: Mapping[str, float]) -> list[str]:
     def ratio(name: str, what: str) -> float:
         return rises[name, what]["own"] / rises[name, what]["theirs"]
 
-    whole = sorted((name for (name, what), rise in rises.items() if what == "loss" and len(rise) == 2))
+    whole = sorted(
+        (ratio(name, what), name) for (name, what), rise in rises.items() if what == "loss" and len(rise) == 2
+    )
     if not whole:
-        return []
-    listed = ", ".join(f"{name} {ratio(name, 'loss'):.2f} ({ratio(name, 'kl_to_dense'):.2f})" for name in whole)
-    return [
-        "",
-        "On the rotated weights, at the bytes of K-quants (llama.cpp, importance matrix), NF4, INT8 (bitsandbytes) and SpQR (ours), rankfold's rise over "
-        f"theirs (in brackets its divergence from the dense model's predictions over theirs): {listed}.",
-    ]
+        return ""
+    listed = ", ".join(f"{share:.2f} ({ratio(name, 'kl_to_dense'):.2f}) of {name}'s" for share, name in whole)
+    facts = next(r.context for r in records if r.name == "loss" and r.subject == "dense")
+    base = next(base for base in dense if "rotated" in base).partition(",")[0]
+    return (
+        f"**At equal bytes, one budget over bits and ranks loses less than every quantizer measured**: {base}'s loss rises by "
+        f"{listed} (in brackets: the divergence from its predictions). WikiText-2 test, {facts['tokens']:,} tokens; K-quants by llama.cpp with an "
+        "importance matrix, NF4 and INT8 by bitsandbytes, SpQR ours; weights rotated off the 4-bit grid of their file. More: [docs/quality.md](docs/quality.md)."
+    )
 
 
 def own_labels(records: Sequence[Record]) -> list[Record]:
@@ -488,7 +446,7 @@ def frontier() -> dict[str, list[tuple[float, float]]]:
 def with_numbers(readme: str) -> str:
     """The README with its numbers replaced."""
     block = re.compile(r"(<!-- numbers:begin -->\n).*?(<!-- numbers:end -->)", re.S)
-    numbers = "\n\n".join(filter(None, (readme_table(), readme_budgets())))
+    numbers = "\n\n".join(filter(None, (claim(), readme_table())))
     return block.sub(lambda match: f"{match[1]}{numbers}\n{match[2]}", readme)
 
 

@@ -210,8 +210,7 @@ def readme_table() -> str:
     lines = [
         *table(known[0], SHOWN_FIRST),
         "",
-        f"{circumstances_of(known[0])} `python benchmarks/real_quality.py`. This file's weights once had 4 bits, which flatters 4-bit rows. "
-        "More rows: [docs/quality.md](docs/quality.md).",
+        f"{circumstances_of(known[0])} `python benchmarks/real_quality.py`. These weights, not rotated, once had 4 bits, which flatters 4-bit rows.",
     ]
     return "\n".join(lines)
 
@@ -227,6 +226,8 @@ def section() -> list[str]:
         "",
     ]
     for base in bases():
+        if base == bases()[0]:
+            lines += ["![What a byte buys](figures/real-front.svg)", ""]
         rows = rows_of(base)
         dense = next(row for row in rows if row.name == "dense")
         lines += [*table(base), "", circumstances_of(base), ""]

@@ -55,7 +55,7 @@ def draw_spectra(spectra: Mapping[str, Mapping[str, Sequence[float]]], path: str
     for panel in panels:
         panel.set_visible(False)
     figure.suptitle("Spectra of the weights, one line a block: first dark, last bright", fontsize=9)
-    figure.savefig(path, dpi=150)
+    _write(figure, path)
 
 
 def draw_points(
@@ -107,4 +107,13 @@ def draw_points(
     panel.set_title(title, fontsize=10)
     panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    _write(figure, path)
+
+
+def _write(figure: Any, path: str | Path) -> None:
+    """Save a figure; as SVG the same one is the same file."""
+    from matplotlib import rc_context
+
+    undated = {"metadata": {"Date": None}} if Path(path).suffix == ".svg" else {}
+    with rc_context({"svg.hashsalt": "rankfold"}):
+        figure.savefig(path, dpi=150, **undated)
