@@ -19,6 +19,9 @@ WHOLE_ROW, WHOLE_MATRIX = 0, -1
 BLOCK = 16
 """PyTorch's kernels take rows and columns in multiples of this; others come out wrong or end the process (2.13)."""
 
+ROWS_BY_TWO = 48
+"""Vectors up to which two products of a kernel are faster than multiplying the matrix out."""
+
 IN_CACHE = 2**18
 """Weights that are unpacked together: what is between their codes and the matrix stays in a core's cache."""
 
@@ -126,9 +129,11 @@ class GroupLinear(QuantizedLinear):
         """Some rows of the matrix, in float32."""
         levels = self.levels(rows)
         short = self.groups * self.group - self.in_features if self.group > 0 else 0
-        groups = F.pad(levels, (0, short)).reshape(len(levels), self.groups, -1).float()
-        shifts = zeros[rows, :, None] if isinstance(zeros, Tensor) else zeros
-        W = (groups - shifts) * scales[rows, :, None]
+        if short:
+            levels = F.pad(levels, (0, short))
+        groups = levels.reshape(len(levels), self.groups, -1).float()
+        groups -= zeros[rows, :, None] if isinstance(zeros, Tensor) else zeros
+        W = groups * scales[rows, :, None] if self.change is not None else groups.mul_(scales[rows, :, None])
         return W.reshape(len(levels), -1)[:, : self.in_features]
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -155,6 +160,11 @@ class GroupLinear(QuantizedLinear):
     def _forget(self) -> None:
         super()._forget()
         self.__dict__.pop("_levels", None)
+
+    @property
+    def rows_by_kernel(self) -> int:
+        """Fewer where the kernel runs twice."""
+        return ROWS_BY_TWO if self.bits > 4 and self.group > 0 else super().rows_by_kernel
 
     def kernel(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """PyTorch's products on CPUs: of 4-bit groups, and of 8-bit rows; fewer bits fit into both.

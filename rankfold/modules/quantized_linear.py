@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 FEW_ROWS, SOME_ROWS = 16, 128
 """Vectors up to which a kernel for few bits is faster than a 16-bit product, which is then bound by memory; and than
-such a product with a matrix that has to be multiplied out first."""
+such a product with a matrix that has to be multiplied out first, where one call of the kernel does."""
 
 
 class QuantizedLinear(nn.Module):
@@ -41,6 +41,11 @@ class QuantizedLinear(nn.Module):
         """The matrix, rounded to a dtype."""
         return self.dequantized().to(dtype)
 
+    @property
+    def rows_by_kernel(self) -> int:
+        """Vectors up to which the kernel is faster than multiplying the matrix out."""
+        return SOME_ROWS
+
     def kernel(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         """A product of vectors (rows, in) in a dtype with the matrix as it is stored, if this device has one."""
         return None
@@ -65,7 +70,7 @@ class QuantizedLinear(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             # Kernels have no gradients.
             return F.linear(x, self._kept(x.dtype), self.bias)
-        few = x.numel() <= (FEW_ROWS if self.prefers == "speed" else SOME_ROWS) * self.in_features
+        few = x.numel() <= (FEW_ROWS if self.prefers == "speed" else self.rows_by_kernel) * self.in_features
         product = self._product(x.dtype) if few else None
         if product is None:
             return F.linear(x, self._kept(x.dtype), self.bias)
