@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankfold.modules.quantized_linear import QuantizedLinear
-from rankfold.modules.spqr_linear import pack, unpack
+from rankfold.modules.spqr_linear import bit_table, pack, unpack
 
 WHOLE_ROW, WHOLE_MATRIX = 0, -1
 """In place of the size of a group: one scale for each row, or for all, and no zero points."""
@@ -90,14 +90,14 @@ class GroupLinear(QuantizedLinear):
             layer.bias = nn.Parameter(bias.detach().to(dtype))
         return layer
 
-    def levels(self, rows: slice = slice(None)) -> Integer[Tensor, "rows in"]:
-        """The code of every weight of some rows, from 0; the first of them a multiple of 8."""
+    def levels(self, rows: slice = slice(None), table: Tensor | None = None) -> Integer[Tensor, "rows in"]:
+        """The code of every weight of some rows, from 0; the first of them a multiple of 8; `table` as of `unpack`."""
         levels = self.__dict__.get("_levels")
         if levels is not None:
             return levels[rows]  # type: ignore[no-any-return]
         first, last, _ = rows.indices(self.out_features)
         start, stop = first * self.in_features // 8, -(-last * self.in_features // 8)
-        return unpack(self.codes[:, start:stop], (last - first) * self.in_features).reshape(last - first, -1)
+        return unpack(self.codes[:, start:stop], (last - first) * self.in_features, table).reshape(last - first, -1)
 
     def statistics(self) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "out groups"] | float]:
         """Scales and zero points, in float32."""
@@ -120,14 +120,17 @@ class GroupLinear(QuantizedLinear):
             return self._scaled(slice(None), scales, zeros).to(dtype)
         W = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device)
         step = max(8, IN_CACHE // self.in_features // 8 * 8)
+        table = bit_table(W.device)
         for first in range(0, self.out_features, step):
             rows = slice(first, min(first + step, self.out_features))
-            W[rows] = self._scaled(rows, scales, zeros)
+            W[rows] = self._scaled(rows, scales, zeros, table)
         return W
 
-    def _scaled(self, rows: slice, scales: Tensor, zeros: Tensor | float) -> Float[Tensor, "rows in"]:
+    def _scaled(
+        self, rows: slice, scales: Tensor, zeros: Tensor | float, table: Tensor | None = None
+    ) -> Float[Tensor, "rows in"]:
         """Some rows of the matrix, in float32."""
-        levels = self.levels(rows)
+        levels = self.levels(rows, table)
         short = self.groups * self.group - self.in_features if self.group > 0 else 0
         if short:
             levels = F.pad(levels, (0, short))

@@ -110,17 +110,26 @@ def pack(codes: Integer[Tensor, "*shape"], bits: int) -> Integer[Tensor, "bits b
     return torch.stack([(((flat >> bit) & 1) * weights).sum(1, dtype=torch.uint8) for bit in range(bits)])
 
 
-def unpack(packed: Integer[Tensor, "bits bytes"], count: int) -> Integer[Tensor, " count"]:
-    """The inverse of `pack`.
+def bit_table(device: torch.device) -> Integer[Tensor, "8 256"]:
+    """For every byte its bits, each in a byte of its own and these eight as one number, at each of eight places."""
+    places = torch.arange(8, device=device)
+    bits = ((torch.arange(256, device=device)[:, None] >> places) & 1).to(torch.uint8).view(torch.int64)[:, 0]
+    return bits << places[:, None]
+
+
+def unpack(
+    packed: Integer[Tensor, "bits bytes"], count: int, table: Integer[Tensor, "8 256"] | None = None
+) -> Integer[Tensor, " count"]:
+    """The inverse of `pack`; `table` is `bit_table`, for who unpacks more than once.
 
     >>> unpack(torch.tensor([[5], [6]], dtype=torch.uint8), 3).tolist()
     [1, 2, 3]
     """
-    places = torch.arange(8, device=packed.device)
-    # Of every byte its bits, each in a byte of its own, and these eight as one number.
-    bits = ((torch.arange(256, device=packed.device)[:, None] >> places) & 1).to(torch.uint8).view(torch.int64)[:, 0]
-    codes = torch.zeros(packed.shape[1], dtype=torch.int64, device=packed.device)
-    for bit, plane in enumerate(packed):
-        # Of the ways to look up, the fastest: 2.5 times as fast as brackets.
-        codes |= bits.index_select(0, plane.int()) << bit
+    if table is None:
+        table = bit_table(packed.device)
+    places = packed.int()
+    # Of the ways to look up, the fastest: 2.5 times as fast as brackets.
+    codes = table[0].index_select(0, places[0])
+    for bit in range(1, len(packed)):
+        codes |= table[bit].index_select(0, places[bit])
     return codes.view(torch.uint8)[:count]
