@@ -24,6 +24,12 @@ NAMES = {
     "boolq": "BoolQ",
 }
 
+CHANCE = {
+    "arc_easy": 1 / 4, "arc_challenge": 1 / 4, "hellaswag": 1 / 4, "winogrande": 1 / 2, "lambada_openai": 0.0, "piqa": 1 / 2,
+    "openbookqa": 1 / 4, "boolq": 1 / 2,
+}  # fmt: skip
+"""Accuracy of guessing."""
+
 SHOWN_FIRST = (
     "dense", "INT8", "NF4", "rankfold, NF4's bytes", "rankfold, keep 0.8", "SVD-LLM (whitened), keep 0.8",
     "LoRD, keep 0.8",
@@ -77,6 +83,17 @@ class Row:
         name = f"{task} acc" if task in NAMES else f"{task} pass@1"
         return [int(mark) for mark in self.found[name, None].context["answers"]]
 
+    @property
+    def above_chance(self) -> list[str]:
+        """Benchmarks that are answered better than by guessing, by more than two standard errors."""
+        found = {task: self.answers(task) for task in self.tasks}
+        means = {task: statistics.fmean(right) for task, right in found.items()}
+        return [
+            task
+            for task, right in found.items()
+            if means[task] - CHANCE[task] > 2 * math.sqrt(means[task] * (1 - means[task]) / len(right))
+        ]
+
     def beside(self, dense: Row, tasks: Sequence[str]) -> Difference:
         """The mean accuracy over tasks less the dense model's, in pairs of the same questions."""
         means, variances = [], []
@@ -122,22 +139,17 @@ def table(base: str, names: Sequence[str] | None = None) -> list[str]:
     rows = rows_of(base)
     dense = next(row for row in rows if row.name == "dense")
     shown = [row for name in names for row in rows if row.name == name] if names else rows
-    complete = [row for row in shown if dense.tasks and row.tasks == dense.tasks]
-    mean = statistics.fmean(statistics.fmean(dense.answers(task)) for task in dense.tasks) if dense.tasks else 0.0
+    told = dense.above_chance
+    complete = [row for row in shown if told and set(told) <= set(row.tasks)]
+    mean = statistics.fmean(statistics.fmean(dense.answers(task)) for task in told) if told else 0.0
     lines = [
-        f"| {base} | bytes on disk | perplexity | rise of the loss | accuracy, mean of {len(dense.tasks)} | decode, times dense | prompt, times dense |",
+        f"| {base} | bytes on disk | perplexity | rise of the loss | accuracy, mean of {len(told)} | decode, times dense | prompt, times dense |",
         "|---" * 7 + "|",
     ]
     for row in shown:
         first = row is dense
         rise = row.rise(dense)
-        accuracy = (
-            (f"{mean:.1%}" if dense.tasks else "")
-            if first
-            else str(row.beside(dense, dense.tasks))
-            if row in complete
-            else ""
-        )
+        accuracy = (f"{mean:.1%}" if told else "") if first else str(row.beside(dense, told)) if row in complete else ""
         cells = [
             row.name,
             megabytes(row),
@@ -194,8 +206,8 @@ def circumstances_of(base: str) -> str:
     items = dense.found[f"{dense.tasks[0]} acc", None].context["limit"] if dense.tasks else 0
     versions = facts["versions"]
     return (
-        f"{facts['data']}, {facts['tokens']:,} tokens scored; the first {items} questions of each benchmark "
-        f"({', '.join(NAMES[task] for task in dense.tasks)}; no examples), differences from dense in pairs, ± one standard error; calibrated on "
+        f"{facts['data']}, {facts['tokens']:,} tokens scored; accuracy on the first {items} questions, without examples, of each of "
+        f"{', '.join(NAMES[task] for task in dense.above_chance)}, which dense answers better than by guessing; differences from dense in pairs, ± one standard error; calibrated on "
         f"{used['tokens']:,} tokens of {used['corpus']}. Speed on one thread of a shared {facts['hardware']['cpu'].split(' @')[0]}, one token at a time and "
         f'a prompt of 128, beside other work, both models taking turns: as they are loaded / both with `prefer(model, "speed")`. torch {versions["torch"]}, transformers '
         f"{versions['transformers']}, seed 0."
