@@ -134,9 +134,9 @@ class GroupLinear(QuantizedLinear):
         short = self.groups * self.group - self.in_features if self.group > 0 else 0
         if short:
             levels = F.pad(levels, (0, short))
-        groups = levels.reshape(len(levels), self.groups, -1).float()
-        groups -= zeros[rows, :, None] if isinstance(zeros, Tensor) else zeros
-        W = groups * scales[rows, :, None] if self.change is not None else groups.mul_(scales[rows, :, None])
+        shifts = zeros[rows, :, None] if isinstance(zeros, Tensor) else zeros
+        W = levels.reshape(len(levels), self.groups, -1) - shifts
+        W = W * scales[rows, :, None] if self.change is not None else W.mul_(scales[rows, :, None])
         return W.reshape(len(levels), -1)[:, : self.in_features]
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
