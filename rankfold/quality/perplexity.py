@@ -14,7 +14,10 @@ from torch.nn import functional as F
 from rankfold.errors import InputError
 from rankfold.precision import device_of, widened
 from rankfold.progress import Step, no_step
-from rankfold.sites import listens, text_arguments
+from rankfold.sites import listens, text_arguments, vocabulary_size
+
+LOGITS = 2**26
+"""Logits of a forward call at most, if it reads more than one window; in float32, and about six copies of them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def next_token_quality(
         model: The model to measure.
         windows: Token ids, each window on its own.
         dense: The model to compare with, if any; it reads the same batches.
-        batch_size: Windows a forward call.
+        batch_size: Windows between two steps; a forward call reads fewer where they have more than `LOGITS` logits.
         on_step: Called after each batch, for a progress bar.
 
     Returns:
@@ -75,15 +78,17 @@ def next_token_quality(
     """
     columns: list[Tensor] = []
     device = device_of(model)
+    at_once = max(1, LOGITS // max(1, windows.shape[1] * (vocabulary_size(model) or 1)))
     for number, batch in enumerate(torch.split(windows, batch_size)):
-        ids = batch.to(device)
-        logits = _logits(model, ids, number)
-        loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        rows = [widened(loss).mean(1)]
-        if dense is not None:
-            reference = _logits(dense, ids, number)
-            rows += _distance(logits, reference)
-        columns.append(torch.stack(rows).cpu())
+        for part in torch.split(batch, at_once):
+            ids = part.to(device)
+            logits = _logits(model, ids, number)
+            loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            rows = [widened(loss).mean(1)]
+            if dense is not None:
+                reference = _logits(dense, ids, number)
+                rows += _distance(logits, reference)
+            columns.append(torch.stack(rows).cpu())
         on_step()
     table = torch.cat(columns, dim=1)
     means = table.mean(1).tolist()

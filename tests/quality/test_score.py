@@ -16,7 +16,7 @@ from rankfold.calibration import masked_batches
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.circumstances import Circumstances
 from rankfold.measurement import measure_score, scorer_for
-from rankfold.quality import ChoiceItems, choose, masked_score, mistake_score, next_token_score
+from rankfold.quality import ChoiceItems, choose, masked_score, mistake_score, next_token_quality, next_token_score
 from rankfold.quality.classification import Labelled
 
 
@@ -104,3 +104,21 @@ def test_likelihood_alone_is_taken_off_where_it_misleads() -> None:
     items = ChoiceItems(torch.tensor([rows]), 1)
     assert choose(Liking(), items) == [False]
     assert choose(Liking(), items, alone=True) == [True]
+
+
+def test_a_large_vocabulary_is_read_in_smaller_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, dense = build("llama"), build("llama", seed=1)
+    windows = torch.randint(0, 128, (10, 16), generator=torch.Generator().manual_seed(0))
+    whole = next_token_quality(model, windows, dense=dense)
+    read: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr("rankfold.quality.perplexity.LOGITS", 3 * 16 * 128)
+    steps: list[None] = []
+    parts = next_token_quality(model, windows, dense=dense, on_step=lambda: steps.append(None))
+    assert read == [3, 3, 2, 2]
+    assert len(steps) == 2
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert parts.kl == pytest.approx(whole.kl, rel=1e-4)
+    assert len(parts.window_losses) == 10
