@@ -209,7 +209,7 @@ def circumstances_of(base: str) -> str:
         f"{facts['data']}, {facts['tokens']:,} tokens scored; accuracy on the first {items} questions, without examples, of each of "
         f"{', '.join(NAMES[task] for task in dense.above_chance)}, which dense answers better than by guessing; differences from dense in pairs, ± one standard error; calibrated on "
         f"{used['tokens']:,} tokens of {used['corpus']}. Speed on one thread of a shared {facts['hardware']['cpu'].split(' @')[0]}, one token at a time and "
-        f'a prompt of 128, beside other work, both models taking turns: as they are loaded / both with `prefer(model, "speed")`. torch {versions["torch"]}, transformers '
+        f'a prompt of 128, both models taking turns: as they are loaded / both with `prefer(model, "speed")`. torch {versions["torch"]}, transformers '
         f"{versions['transformers']}, seed 0."
     )
 
