@@ -27,7 +27,7 @@ from rankfold.quantization import Grid, Groups, quantize_blocks, quantize_by_lib
 
 KEEPS = (0.85, 0.95, 0.9, 0.8)
 STACKED = 0.85
-"""Keeps the share of the parameters that the paper claims to cost nothing."""
+"""The paper claims that 15 % fewer parameters of the whole model, taken from down-projections, cost nothing."""
 NEW_TOKENS = 256
 BATCH = 41
 

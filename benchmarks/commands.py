@@ -24,6 +24,16 @@ class Spent(NamedTuple):
     """Peak resident bytes."""
 
 
+# A process begins with its parent's peak of memory, so a small one stands between.
+_BETWEEN = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+open(sys.argv[1], "w").write(f"{usage.ru_utime + usage.ru_stime} {usage.ru_maxrss}")
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
 def run(command: Sequence[Any]) -> Spent:
     """Run a command on one thread.
 
@@ -31,12 +41,12 @@ def run(command: Sequence[Any]) -> Spent:
         RuntimeError: If it fails, with the end of what it printed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    start = time.perf_counter()
-    # A file, not a pipe, which would fill up while nobody reads it.
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen([str(c) for c in command], env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            errors.seek(0)
-            raise RuntimeError(f"{command} failed: {errors.read().decode(errors='replace')[-3000:]}")
-    return Spent(time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    with tempfile.NamedTemporaryFile() as used:
+        whole = [sys.executable, "-c", _BETWEEN, used.name, *(str(part) for part in command)]
+        start = time.perf_counter()
+        done = subprocess.run(whole, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            raise RuntimeError(f"{command} failed: {done.stderr[-3000:]}")
+        processor, kilobytes = used.read().split()
+    return Spent(seconds, float(processor), 1024 * int(kilobytes))

@@ -205,11 +205,13 @@ def circumstances_of(base: str) -> str:
     facts, used = record.context, record.context["calibration"]
     items = dense.found[f"{dense.tasks[0]} acc", None].context["limit"] if dense.tasks else 0
     versions = facts["versions"]
+    spent = [r for row in rows_of(base) for (name, _), r in row.found.items() if name.endswith("over dense")]
+    beside = ", some of it beside other work" if any(r.context.get("contended") for r in spent) else ""
     return (
         f"{facts['data']}, {facts['tokens']:,} tokens scored; accuracy on the first {items} questions, without examples, of each of "
-        f"{', '.join(NAMES[task] for task in dense.above_chance)}, which dense answers better than by guessing; differences from dense in pairs, ± one standard error; calibrated on "
+        f"{', '.join(NAMES[task] for task in dense.above_chance)}, which dense answers better than by guessing (`acc`, by more than two standard errors); differences from dense in pairs, ± one standard error; calibrated on "
         f"{used['tokens']:,} tokens of {used['corpus']}. Speed on one thread of a shared {facts['hardware']['cpu'].split(' @')[0]}, one token at a time and "
-        f'a prompt of 128, both models taking turns: as they are loaded / both with `prefer(model, "speed")`. torch {versions["torch"]}, transformers '
+        f'a prompt of 128{beside}, both models taking turns: as they are loaded / both with `prefer(model, "speed")`. torch {versions["torch"]}, transformers '
         f"{versions['transformers']}, seed 0."
     )
 

@@ -21,7 +21,7 @@ KEYED_BY = ("rankfold", "torch", "transformers")
 
 TOLD_APART_BY = (
     "part", "row", "keep", "seed", "benchmark", "metric", "minus", "group", "share", "site", "kind", "rank", "base",
-    "data", "batch_size", "pair",
+    "data", "batch_size", "pair", "tasks", "new_tokens",
 )  # fmt: skip
 """Facts that tell numbers of one name and subject apart."""
 

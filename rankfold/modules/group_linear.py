@@ -134,7 +134,8 @@ class GroupLinear(QuantizedLinear):
         short = self.groups * self.group - self.in_features if self.group > 0 else 0
         if short:
             levels = F.pad(levels, (0, short))
-        shifts = zeros[rows, :, None] if isinstance(zeros, Tensor) else zeros
+        # A tensor, so that the difference is in float32 whatever the default dtype is.
+        shifts = zeros[rows, :, None] if isinstance(zeros, Tensor) else scales.new_tensor(zeros)
         W = levels.reshape(len(levels), self.groups, -1) - shifts
         W = W * scales[rows, :, None] if self.change is not None else W.mul_(scales[rows, :, None])
         return W.reshape(len(levels), -1)[:, : self.in_features]
@@ -149,7 +150,7 @@ class GroupLinear(QuantizedLinear):
         """Let gradients reach the scales, by `change`, until `round_scales`; codes stay, and are kept unpacked."""
         self._forget()
         self.__dict__["_levels"] = self.levels()
-        self.change = nn.Parameter(torch.zeros(self.scales.shape, device=self.scales.device))
+        self.change = nn.Parameter(torch.zeros(self.scales.shape, dtype=torch.float32, device=self.scales.device))
 
     @torch.no_grad()
     def round_scales(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 from rankfold.allocation import BudgetError
@@ -53,8 +54,15 @@ def smallest_within(
     """
     low, high = _End(fewest), _End(1.0)
     best: float | None = None
+    # Tries along the line between two measured ends, and whether they kept within the limit. Two in a row on the same
+    # side show that the line says little: the interval is halved from then on.
+    along: list[bool] = []
     for number in range(1, STEPS + 1):
-        share = _between(low, high, limit, bits=fewest > 0)
+        halve = any(one == other for one, other in pairwise(along))
+        measured_ends = low.rise is not None and high.rise is not None
+        share = _between(low, high, limit, bits=fewest > 0, halve=halve)
+        if number == STEPS and best is None:
+            share = LARGEST
         try:
             plan = attempt(share, f"try {number} of at most {STEPS}, keep {share:.3f}: ")
         except BudgetError:
@@ -68,6 +76,8 @@ def smallest_within(
                 return plan, measured
         else:
             low = _End(share, measured)
+        if measured_ends:
+            along.append(measured <= limit)
         restore()
         if low.share >= LARGEST:
             break
@@ -87,21 +97,25 @@ class _End(NamedTuple):
     rise: float | None = None
 
 
-def _between(low: _End, high: _End, limit: float, bits: bool) -> float:
+def _between(low: _End, high: _End, limit: float, bits: bool, halve: bool) -> float:
     """Where to try next: where the logarithm of the rise, taken for a straight line, meets that of what is aimed at.
 
     Over bits it is one over the share, where a bit less quadruples the rise; over ranks over the logarithm of what is
-    removed, of which the rise is a power. With two measured ends the line goes through both. Never near an end, so that
-    the interval shrinks.
+    removed, of which the rise is a power. With two measured ends the line goes through both, unless `halve` says that
+    it has not helped. Never near an end, so that the interval shrinks.
     """
-    ends = [end for end in (low, high) if end.rise is not None and end.rise > 0 and 0 < end.share < 1]
-    if not ends:
-        return math.sqrt(low.share * high.share) if bits else (low.share + high.share) / 2
+    middle = math.sqrt(low.share * high.share) if bits else (low.share + high.share) / 2
+    ends = [end for end in (low, high) if end.rise is not None and 0 < end.rise < math.inf and 0 < end.share < 1]
+    if not ends or (halve and len(ends) > 1):
+        return middle
     points = [(end.share if bits else math.log(1 - end.share), math.log(end.rise or 0.0)) for end in ends]
     (x, y), (other_x, other_y) = points[0], points[-1]
     slope = (other_y - y) / (other_x - x) if len(ends) > 1 else -16 * math.log(4) if bits else POWER
     place = x + (math.log(AIM * limit) - y) / slope
     wanted = place if bits else 1 - math.exp(place)
+    if high.rise is None:
+        # The usual steepness may promise too much, and no share is known yet that keeps within the limit.
+        wanted = max(wanted, middle)
     # What one try alone says is not followed as far.
     apart = (0.05 if len(ends) > 1 else 0.25) * (high.share - low.share)
     return min(max(wanted, low.share + apart), high.share - apart, LARGEST)

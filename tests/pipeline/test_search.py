@@ -61,6 +61,27 @@ def test_a_loss_that_jumps_is_bisected_and_the_best_try_is_carried_out_again() -
     assert len(tries.shares) <= STEPS + 1
 
 
+@pytest.mark.parametrize("good", [0.04, 1e-4])
+def test_a_line_that_does_not_help_is_left(good: float) -> None:
+    tries = Tries(lambda share: good if share >= 0.7 else 5.0)
+    share, _ = tries.search(0.05, 0.0)
+    assert 0.7 <= share < 0.77
+    assert len(tries.shares) <= STEPS + 1
+
+
+@pytest.mark.parametrize(("height", "limit", "fewest"), [(60, 0.002, 0.14), (300, 0.01, 0.0625)])
+def test_losses_flatter_than_usual_are_found_too(height: float, limit: float, fewest: float) -> None:
+    rise = lambda share: height * 4 ** (-8 * share)  # noqa: E731
+    share, measured = Tries(rise).search(limit, fewest)
+    assert measured <= limit
+    assert measured == rise(share)
+
+
+def test_a_loss_that_is_no_number_costs_too_much() -> None:
+    share, _ = Tries(lambda share: 0.01 if share >= 0.7 else float("inf")).search(0.05, 0.0)
+    assert 0.7 <= share < 0.8
+
+
 def test_shares_that_cannot_be_had_are_passed_over() -> None:
     share, measured = Tries(lambda share: 0.0, floor=0.6).search(0.1, 0.0)
     assert 0.6 <= share < 0.65
