@@ -84,33 +84,37 @@ class MomentAccumulator:
 
 
 class DiagonalAccumulator:
-    """Streaming second moment of each entry of vectors by itself, of which nothing else is asked."""
+    """Streaming mean and second moment of each entry of vectors by itself."""
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
         """An accumulator of vectors of `size` numbers of a device; sums lie where float64 is to be had."""
         self.count = 0
-        self._squares = torch.zeros(size, dtype=torch.float64, device=float64_device(device))
+        device = float64_device(device)
+        self._sum = torch.zeros(size, dtype=torch.float64, device=device)
+        self._squares = torch.zeros(size, dtype=torch.float64, device=device)
 
     def update(self, x: Float[Tensor, "*batch size"]) -> None:
         """Take in every vector along the last axis."""
         for chunk in torch.split(x.detach().reshape(-1, x.shape[-1]), _CHUNK):
             self.count += len(chunk)
-            squares = chunk.float().square().sum(0, dtype=widest(chunk.device))
-            self._squares += squares.to(self._squares.device)
+            place, wide = self._squares.device, widest(chunk.device)
+            self._sum += chunk.sum(0, dtype=wide).to(place)
+            self._squares += chunk.float().square().sum(0, dtype=wide).to(place)
 
     def add(self, other: DiagonalAccumulator) -> None:
         """Take in everything that another one took in."""
         self.count += other.count
+        self._sum += other._sum
         self._squares += other._squares
 
     def moments(self) -> Moments:
-        """The diagonal of the second moment over everything taken in.
+        """The mean and the diagonal of the second moment over everything taken in.
 
         Raises:
             ValueError: If a value was NaN or infinite.
         """
-        second = check_moment(self._squares / max(self.count, 1))
-        return Moments(self.count, torch.zeros_like(second), second)
+        count = max(self.count, 1)
+        return Moments(self.count, self._sum / count, check_moment(self._squares / count))
 
 
 def check_moment(second: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from rankfold.calibration.walk import (
 )
 from rankfold.errors import InputError
 from rankfold.factorization import METHODS, Moments, SiteMoments
-from rankfold.modules import linear_at, restack, use_eager_experts
+from rankfold.modules import linear_at, restack, stored_matrix, use_eager_experts
 from rankfold.progress import Step, no_step
 from rankfold.shelf import Shelf, give_back
 from rankfold.sites import Site
@@ -93,6 +94,8 @@ def calibrate_blocks(
     on_step: Step = no_step,
     loss: Loss | None = None,
     shelf: Shelf | None = None,
+    *,
+    products: bool = False,
 ) -> Iterator[BlockMoments]:
     """Moments block after block, each free to be dropped before the next is measured.
 
@@ -108,11 +111,13 @@ def calibrate_blocks(
         on_step: Called after each batch has passed a block.
         loss: What is followed back, if anything.
         shelf: Where hidden states wait for the way back; without it in memory.
+        products: Whether, with a loss, the moment of a matrix's wider side is only measured as its product with the
+            matrix wherever that costs less (`Method.reads_products`).
 
     Raises:
         ValueError: If there is no batch or a value is not finite.
     """
-    for step, observer in observed_blocks(model, sites, batches, on_step, loss, shelf):
+    for step, observer in observed_blocks(model, sites, batches, on_step, loss, shelf, products=products):
         yield BlockMoments(step, observer.moments())
         give_back()
 
@@ -124,6 +129,8 @@ def observed_blocks(
     on_step: Step = no_step,
     loss: Loss | None = None,
     shelf: Shelf | None = None,
+    *,
+    products: bool = False,
 ) -> Iterator[tuple[BlockStep | None, Observer]]:
     """`calibrate_blocks` with sums in place of moments: those of several shares of the batches can be added up."""
     by_block: dict[str | None, list[Site]] = {}
@@ -136,8 +143,9 @@ def observed_blocks(
         raise InputError("Calibration needs at least one batch, but got none.")
     read = "decoder_input_ids" if "decoder_input_ids" in batches[0] else "input_ids"
     tokens = sum(batch[read].numel() for batch in batches if read in batch)
-    observers = {block: Observer(group, loss is not None, tokens) for block, group in by_block.items()}
-    outer = observers.pop(None, Observer([], loss is not None, tokens))
+    observer_of = partial(Observer, gradients=loss is not None, tokens=tokens, products=products)
+    observers = {block: observer_of(group) for block, group in by_block.items()}
+    outer = observers.pop(None, None) or observer_of([])
     visits = {block: max(site.calls for site in group) for block, group in by_block.items()}
     with _frozen(model), ExitStack() as stack:
         chain = loss is None or is_chain(model, batches[0])
@@ -216,12 +224,14 @@ def _frozen(model: Any) -> Iterator[None]:
 class Observer:
     """Accumulators of sites: one for each input that several read, or one for each output if that is smaller.
 
-    Where gradients are followed, the inputs always, and the gradient at every output.
+    Where gradients are followed, the inputs always, and the gradient at every output; with `products`, of the wider
+    side of a matrix only the diagonal, beside the moment of the outputs or of the gradients at the inputs.
     """
 
-    def __init__(self, sites: Sequence[Site], gradients: bool, tokens: int) -> None:
+    def __init__(self, sites: Sequence[Site], gradients: bool, tokens: int, products: bool = False) -> None:
         self._sites = sites
         self._gradients = gradients
+        self._products = gradients and products
         self._tokens = tokens
         self._groups: dict[str, list[Site]] = {}
         self._accumulators: dict[tuple[str, str], MomentAccumulator | DiagonalAccumulator] = {}
@@ -229,7 +239,14 @@ class Observer:
             self._groups.setdefault(site.reads, []).append(site)
 
     def _reads_outputs(self, group: Sequence[Site]) -> bool:
-        return not self._gradients and sum(site.out_features**2 for site in group) < group[0].in_features ** 2
+        """Whether the moments of what some sites give are smaller than that of the input that they share."""
+        may = self._products or not self._gradients
+        return may and sum(site.out_features**2 for site in group) < group[0].in_features ** 2
+
+    def _reads_input_gradients(self, site: Site) -> bool:
+        """Whether passing the gradients back through the matrix costs less than their moment."""
+        out, into = site.out_features, site.in_features
+        return self._products and out**2 > out * into + into**2
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
@@ -237,39 +254,61 @@ class Observer:
         with ExitStack() as handles:
             for group in self._groups.values():
                 outputs = self._reads_outputs(group)
-                for site in group if outputs else group[:1]:
-                    handles.callback(self._watch(linear_at(model, site.name), site, outputs).remove)
+                for site in group if outputs else ():
+                    handles.callback(self._watch_outputs(linear_at(model, site.name), site).remove)
+                if self._gradients or not outputs:
+                    first = group[0]
+                    handles.callback(self._watch_inputs(linear_at(model, first.name), first, outputs).remove)
                 for site in group if self._gradients else ():
-                    handles.callback(self._watch_gradient(linear_at(model, site.name), site).remove)
+                    handles.callback(self._watch_gradients(linear_at(model, site.name), site).remove)
             yield
 
-    def _accumulator(self, site: Site, what: str, size: int, linear: Any) -> MomentAccumulator | DiagonalAccumulator:
+    def _accumulator(
+        self, site: Site, what: str, size: int, linear: Any, diagonal: bool = False
+    ) -> MomentAccumulator | DiagonalAccumulator:
         if (what, site.name) not in self._accumulators:
             # A layer in few bits has no parameters, only buffers.
             device = next(itertools.chain(linear.parameters(), linear.buffers())).device
-            kind = DiagonalAccumulator if what == "gradients" and size > LARGEST else MomentAccumulator
+            kind = DiagonalAccumulator if diagonal else MomentAccumulator
             self._accumulators[what, site.name] = kind(size, device)
         return self._accumulators[what, site.name]
 
-    def _watch(self, linear: Any, site: Site, output: bool) -> Any:
-        if output:
-            accumulator = self._accumulator(site, "outputs", site.out_features, linear)
-            return linear.register_forward_hook(lambda _, args, result: accumulator.update(result))
-        accumulator = self._accumulator(site, "inputs", site.in_features, linear)
+    def _counts(self, x: Tensor) -> bool:
+        """Whether a pass is measured: a walk back first runs forward without gradients."""
+        return x.requires_grad or not self._gradients
+
+    def _watch_outputs(self, linear: Any, site: Site) -> Any:
+        accumulator = self._accumulator(site, "outputs", site.out_features, linear)
+
+        def take(_: Any, args: Any, result: Tensor) -> None:
+            if self._counts(result):
+                accumulator.update(result)
+
+        return linear.register_forward_hook(take)
+
+    def _watch_inputs(self, linear: Any, site: Site, diagonal: bool) -> Any:
+        accumulator = self._accumulator(site, "inputs", site.in_features, linear, diagonal)
 
         def take(_: Any, args: tuple[Tensor, ...]) -> None:
-            # A reverse walk first runs forward without gradients, which must not be counted.
-            if args[0].requires_grad or not self._gradients:
+            if self._counts(args[0]):
                 accumulator.update(args[0])
 
         return linear.register_forward_pre_hook(take)
 
-    def _watch_gradient(self, linear: Any, site: Site) -> Any:
-        accumulator = self._accumulator(site, "gradients", site.out_features, linear)
+    def _watch_gradients(self, linear: Any, site: Site) -> Any:
+        through = self._reads_input_gradients(site)
+        diagonal = through or site.out_features > LARGEST
+        at_outputs = self._accumulator(site, "gradients", site.out_features, linear, diagonal)
+        at_inputs = self._accumulator(site, "input_gradients", site.in_features, linear) if through else None
+
+        def take(gradient: Tensor) -> None:
+            at_outputs.update(gradient)
+            if at_inputs is not None:
+                at_inputs.update(gradient.float() @ stored_matrix(linear).detach().float())
 
         def follow(_: Any, args: Any, result: Tensor) -> None:
             if result.requires_grad:
-                result.register_hook(accumulator.update)  # type: ignore[no-untyped-call]
+                result.register_hook(take)  # type: ignore[no-untyped-call]
 
         return linear.register_forward_hook(follow)
 
@@ -300,14 +339,17 @@ class Observer:
         """Moments by site; the accumulators are used up."""
         result: dict[str, SiteMoments] = {}
         for group in self._groups.values():
-            if self._reads_outputs(group):
-                result |= {site.name: SiteMoments(outputs=self._read(site, "outputs")) for site in group}
-                continue
-            inputs = self._read(group[0], "inputs")
+            outputs = self._reads_outputs(group)
+            inputs = self._read(group[0], "inputs") if self._gradients or not outputs else None
+            share = inputs.vectors / self._tokens if inputs is not None and self._gradients and self._tokens else 1
             for site in group:
-                gradients = self._read(site, "gradients") if self._gradients else None
-                share = inputs.vectors / self._tokens if self._tokens else 1
-                result[site.name] = SiteMoments(inputs=inputs, gradients=gradients, share=share)
+                result[site.name] = SiteMoments(
+                    inputs=inputs,
+                    outputs=self._read(site, "outputs") if outputs else None,
+                    gradients=self._read(site, "gradients") if self._gradients else None,
+                    share=share,
+                    input_gradients=self._read(site, "input_gradients") if self._reads_input_gradients(site) else None,
+                )
         return {site.name: result[site.name] for site in self._sites}
 
     def _read(self, site: Site, what: str) -> Moments:

@@ -98,7 +98,9 @@ def compress_in_rounds(  # noqa: PLR0913
         ordered = shelf if journal is None else journal.of(_state(plan))
         if not losses or number:
             dense = dense or {site.name: linear_at(model, site.name) for site in sites}
-            here = partial(_worked_out, model, batches, dense, decompose, loss, shelf, on_step)
+            # Layers that are compressed already do not show what the dense ones would give.
+            products = METHODS[method].reads_products and not number and not drift
+            here = partial(_worked_out, model, batches, dense, decompose, loss, shelf, on_step, products)
             losses.update(_measured(model, sites, batches, ordered, (not number and source) or here, on_step))
         plan = allocate(losses)
         # Factors that nothing asks for again need not wait longer.
@@ -146,10 +148,11 @@ def _worked_out(  # noqa: PLR0913, PLR0917
     loss: Loss,
     shelf: Shelf,
     on_step: Step,
+    products: bool,
     sites: Sequence[Site],
 ) -> Iterator[tuple[str, Ordered]]:
     """The factors of sites, measured block by block."""
-    for block in calibrate_blocks(model, sites, batches, on_step, loss, shelf):
+    for block in calibrate_blocks(model, sites, batches, on_step, loss, shelf, products=products):
         for name in list(block.moments):
             # Not to be alive while the next block is measured.
             moments = block.moments.pop(name)
@@ -198,8 +201,8 @@ def decomposed(name: str, linear: nn.Module, moments: SiteMoments, decompose: Ca
     except ValueError as error:
         error.args = (f"{name}: {error}",)
         raise
-    up, down, reader = (part.to(W.dtype) for part in (found.up, found.down, found.reader))
-    return found._replace(up=up, down=down, reader=reader)
+    reader = None if found.reader is None else found.reader.to(W.dtype)
+    return found._replace(up=found.up.to(W.dtype), down=found.down.to(W.dtype), reader=reader)
 
 
 @torch.no_grad()

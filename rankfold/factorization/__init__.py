@@ -32,6 +32,9 @@ class Method(NamedTuple):
     """Whether a layer without a bias gets one."""
     ordered: Callable[[Tensor, Tensor | None, SiteMoments], Ordered] | None = None
     """Maps weight, bias and moments to the factors of every rank at once, which rounds and nesting need."""
+    reads_products: bool = False
+    """Whether `ordered` asks of the moment of a matrix's wider side only its product with the matrix, which costs less
+    to measure: `SiteMoments.outputs` in place of the inputs', `input_gradients` in place of the gradients'."""
     is_optimal: bool = True
     """Whether no factors of the same rank have a smaller `error`; false for heuristics such as scaled columns."""
 
@@ -43,7 +46,9 @@ METHODS: Registry[Method] = Registry(
         "tucker": Method(lambda W, b, _, rank: tucker_matrix(W, rank)._replace(bias=b), "tucker"),
         "lord": Method(feature_mimicking, "low_rank", needs_data=True, adds_bias=True),
         "whitened": Method(whitened_svd, "low_rank", needs_data=True),
-        "kfac": Method(kfac, "pivoted", needs_data=True, needs_gradients=True, ordered=ordered_kfac),
+        "kfac": Method(
+            kfac, "pivoted", needs_data=True, needs_gradients=True, ordered=ordered_kfac, reads_products=True
+        ),
     },
 )
 """The values of `rankfold compress --method`."""

@@ -18,7 +18,8 @@ class Moments(NamedTuple):
     """Number of vectors seen."""
     mean: Float[Tensor, " size"]
     second: Float[Tensor, "size size"] | Float[Tensor, " size"]
-    """`E[x x^T]`, not centred; of gradients at very many outputs its diagonal alone."""
+    """`E[x x^T]`, not centred; of gradients at very many outputs, and of what is measured beyond the layer instead
+    (`SiteMoments`), its diagonal alone."""
     fourth: float | int = 0
     """`E[|x|^4]`: how far single vectors lie from the moment, from which its sampling error is estimated."""
     third: Float[Tensor, " size"] | None = None
@@ -68,7 +69,9 @@ def weighed(
 class SiteMoments(NamedTuple):
     """What calibration knows about one site: the moments of its inputs, or of its outputs, whichever is smaller.
 
-    If a loss was backpropagated, always moments of the inputs, and those of the loss's gradient at the outputs.
+    If a loss was backpropagated, always moments of the inputs, and those of the loss's gradient at the outputs. Of the
+    wider one of the two only the diagonal may be known, beside its product with the weight (`Method.reads_products`):
+    `W S W^T` is the moment of the outputs, `W^T G W` that of the gradients at the inputs.
     """
 
     inputs: Moments | None = None
@@ -76,6 +79,8 @@ class SiteMoments(NamedTuple):
     gradients: Moments | None = None
     share: float | int = 1
     """Vectors that the site saw for each token: below 1 for an expert, above 1 for a layer called repeatedly."""
+    input_gradients: Moments | None = None
+    """Of `W^T g`, what the layer passes back of the gradient `g` at its outputs."""
 
     def output_moments(
         self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, centred: bool

@@ -20,8 +20,9 @@ class Ordered(NamedTuple):
 
     up: Float[Tensor, "out full"]
     down: Float[Tensor, "full in"]
-    reader: Float[Tensor, "full out"]
-    """Projects a weight onto the columns of `up`: `reader @ W` is `down`."""
+    reader: Float[Tensor, "full out"] | None
+    """Projects a weight onto the columns of `up`: `reader @ W` is `down`. `None` where the gradients' moment was only
+    measured as `W^T G W`, which does not tell."""
     losses: Float[Tensor, " full_plus_one"]
     """Predicted rise of the loss at every rank from 0 to full, in nats per token; 0 at the full rank."""
     mean: Float[Tensor, " in"] | None
@@ -51,6 +52,7 @@ class Ordered(NamedTuple):
         up, down = self.up[:, :rank], self.down[:rank]
         target = weight.to(up.dtype)
         if correction is not None:
+            assert self.reader is not None, "drift is corrected with whole moments"
             down = down + self.reader[:rank] @ correction
             target = target + correction
         if bias is not None and self.mean is not None:
@@ -86,8 +88,10 @@ def kfac(
 def ordered_kfac(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, moments: SiteMoments) -> Ordered:
     """The optimum of every rank at once: the singular value decomposition of `G^(1/2) W S^(1/2)`, mapped back.
 
-    Only the moment of the smaller side is taken apart; the other one enters as a product, so it may be singular.
-    The smaller one is drawn towards the identity as far as its sampling error asks for (`shrunk`).
+    Only the moment of the smaller side is taken apart; the other one enters as a product with `W`, so it may be
+    singular, and the product may be all that was measured: `W S W^T` as the moment of the outputs, `W^T G W` as that of
+    the gradients at the inputs. The smaller one is drawn towards the identity as far as its sampling error asks for
+    (`shrunk`).
 
     Raises:
         ValueError: If an entry is not finite, or there are no moments of inputs and gradients.
@@ -99,45 +103,53 @@ def ordered_kfac(weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | 
         )
     W = weight.double()
     centred = bias is not None
-    inputs = moments.inputs.centred() if centred else moments.inputs
+    inputs = moments.inputs.centred() if centred and moments.inputs.second.ndim == 2 else moments.inputs
     S, G = inputs.second.to(W.device), moments.gradients.second.to(W.device)
-    if W.shape[0] <= W.shape[1] and G.ndim == 1:
-        raise InputError(
-            f"Of gradients at {len(G):,} outputs only the diagonal of the moment is measured, which serves a matrix "
-            f"with more rows than columns, but this one has the shape {tuple(W.shape)}. Leave it out of `sites`."
-        )
+    reader: Tensor | None = None
     if W.shape[0] <= W.shape[1]:
-        G, shrinkage = shrunk(moments.gradients, W.device)
-        L, inverse = _root_and_inverse(G)
-        squares, U = _descending(L.T @ (W @ S @ W.T) @ L)
+        if G.ndim == 1:
+            raise InputError(
+                f"Of gradients at {len(G):,} outputs only the diagonal of the moment is measured, which serves a "
+                f"matrix with more rows than columns, but this one has the shape {tuple(W.shape)}. Leave it out of "
+                "`sites`."
+            )
+        seen = W @ S @ W.T if S.ndim == 2 else moments.output_moments(W, bias, centred)[0]
+        drawn, shrinkage = shrunk(moments.gradients, W.device)
+        L, inverse = _root_and_inverse(drawn)
+        squares, U = _descending(L.T @ seen @ L)
         up, reader = inverse.T @ U, (L @ U).T
         down = reader @ W
+        # Exact for what was measured: the shrunk moment chooses the directions, the measured ones say what they cost.
+        errors = _errors(up.T @ G @ up, reader @ seen @ reader.T)
     else:
-        S, shrinkage = shrunk(inputs, W.device)
-        R, inverse = _root_and_inverse(S)
-        squares, V = _descending(R.T @ (W.T @ weighed(G, W)) @ R)
-        up, down = W @ (R @ V), V.T @ inverse
-        # Directions that the loss does not see have no reader: nothing is projected onto them.
-        safe = squares > FLOOR * squares[:1].clamp(min=torch.finfo(squares.dtype).tiny)
-        reader = (
-            torch.where(safe, 1 / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)[:, None] * weighed(G, up).T
-        )
+        weighted: Tensor | None = None
+        if moments.input_gradients is None:
+            weighted = weighed(G, W)
+            seen = W.T @ weighted
+        else:
+            seen = moments.input_gradients.second.to(W.device)
+        drawn, shrinkage = shrunk(inputs, W.device)
+        R, inverse = _root_and_inverse(drawn)
+        squares, V = _descending(R.T @ seen @ R)
+        columns = R @ V
+        up, down = W @ columns, V.T @ inverse
+        errors = _errors(columns.T @ seen @ columns, down @ S @ down.T)
+        if weighted is not None:
+            # Directions that the loss does not see have no reader: nothing is projected onto them.
+            tiny = torch.finfo(squares.dtype).tiny
+            safe = squares > FLOOR * squares[:1].clamp(min=tiny)
+            reader = torch.where(safe, 1 / squares.clamp(min=tiny), 0.0)[:, None] * (weighted @ columns).T
     mean = moments.inputs.mean.to(W.device) if centred else None
-    # Exact for what was measured: the shrunk moment chooses the directions, the measured ones say what they cost.
-    S, G = inputs.second.to(W.device), moments.gradients.second.to(W.device)
-    losses = 0.5 * moments.share * _errors(W, up, down, S, G)
-    return Ordered(up, down, reader, losses, mean, shrinkage)
+    return Ordered(up, down, reader, 0.5 * moments.share * errors, mean, shrinkage)
 
 
-def _errors(
-    W: Float[Tensor, "out in"],
-    up: Float[Tensor, "out full"],
-    down: Float[Tensor, "full in"],
-    S: Float[Tensor, "in in"],
-    G: Float[Tensor, "out out"] | Float[Tensor, " out"],
-) -> Float[Tensor, " full_plus_one"]:
-    """`tr(G D S D^T)` for the error `D` of every rank, from the last one backwards, never rising with the rank."""
-    A, B = up.T @ weighed(G, up), down @ S @ down.T
+def _errors(A: Float[Tensor, "full full"], B: Float[Tensor, "full full"]) -> Float[Tensor, " full_plus_one"]:
+    """`tr(G D S D^T)` for the error `D` of every rank, from the last one backwards, never rising with the rank.
+
+    Args:
+        A: `up^T G up`.
+        B: `down S down^T`.
+    """
     # D = sum of the dropped terms, so the error at rank r is the sum of A * B over rows and columns from r on.
     corner = (A * B).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     errors = torch.cat([corner, corner.new_zeros(1)]).clamp(min=0)

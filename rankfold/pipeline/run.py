@@ -130,7 +130,12 @@ class Run:
         if gradients and settings.entry.ordered is not None:
             advance = self.stage(f"{title}measuring inputs and gradients", visits * len(batches))
             workers = self.workers
-            source = None if workers is None else lambda rest: workers.factors(rest, settings.method, advance)
+            products = settings.entry.reads_products and not drift
+            source = (
+                None
+                if workers is None
+                else lambda rest: workers.factors(rest, settings.method, advance, products=products)
+            )
             return compress_in_rounds(
                 model, self.sites, batches, loss=summed_loss(model, self.labels, settings.seed), allocate=allocated,
                 method=settings.method, rounds=rounds, drift=drift, shelf=self.shelf, journal=self.journal,

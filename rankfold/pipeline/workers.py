@@ -45,6 +45,7 @@ class Job:
     labels: str
     seed: int
     memory: int
+    products: bool = False
 
 
 def connect(address: str | None, workers: int, device: str) -> Any:
@@ -133,8 +134,12 @@ class Workers:
         self._source, self._digest = source, fingerprint(model)
         self._shares = [[_moved(batch, "cpu") for batch in batches[start::count]] for start in range(count)]
 
-    def factors(self, sites: Sequence[Site], method: str, on_step: Step) -> Iterator[tuple[str, Ordered]]:
+    def factors(
+        self, sites: Sequence[Site], method: str, on_step: Step, *, products: bool = False
+    ) -> Iterator[tuple[str, Ordered]]:
         """The factors of every rank of each site that the text reaches, as `compress_in_rounds` works them out.
+
+        With `products`, the moment of a matrix's wider side is measured as `calibrate_blocks` does.
 
         Raises:
             ValueError: If a worker reads another model or other versions, or fails.
@@ -143,7 +148,7 @@ class Workers:
         options = {"num_cpus": 0, "max_retries": RETRIES, "scheduling_strategy": "SPREAD"}
         work = self._ray.remote(**options)(_factorized)
         running: deque[Any] = deque()
-        for seen in self._blocks(sites, on_step):
+        for seen in self._blocks(sites, on_step, products):
             layers = {name: linear_at(self._model, name) for name in seen.names}
             running.append(work.remote(method, layers, seen))
             if len(running) > len(self._shares):
@@ -160,7 +165,7 @@ class Workers:
         for seen in self._blocks(sites, on_step):
             yield from seen.moments().items()
 
-    def _blocks(self, sites: Sequence[Site], on_step: Step) -> Iterator[Observer]:
+    def _blocks(self, sites: Sequence[Site], on_step: Step, products: bool = False) -> Iterator[Observer]:
         """What all workers saw of block after block."""
         job = Job(
             source=self._source,
@@ -172,6 +177,7 @@ class Workers:
             labels=self._labels,
             seed=self._seed,
             memory=self._memory,
+            products=products,
         )
         # A worker that is lost is not started again: another takes its share, since its machine may not come back.
         options = {**share_of_machine(self.device), "max_restarts": 0, "scheduling_strategy": "SPREAD"}
@@ -298,7 +304,8 @@ def _observed(job: Job, number: int, batches: list[dict[str, Tensor]]) -> Iterat
     sites = find_sites(model).select(job.names)
     loss = summed_loss(model, job.labels, job.seed + number)
     moved = [_moved(batch, job.device) for batch in batches]
-    for _, observer in observed_blocks(model, sites, moved, loss=loss, shelf=Shelf(job.memory)):
+    shelf = Shelf(job.memory)
+    for _, observer in observed_blocks(model, sites, moved, loss=loss, shelf=shelf, products=job.products):
         yield observer.to_cpu()
 
 

@@ -11,7 +11,8 @@ import torch
 
 import rankfold
 from rankfold import calibrate, find_sites
-from rankfold.calibration import IGNORED, masked_batches, summed_loss
+from rankfold.calibration import IGNORED, calibrate_blocks, is_reached, masked_batches, summed_loss
+from rankfold.modules import linear_at, matrix_of
 
 
 def by_backpropagation(model: Any, names: list[str], batches: list[dict[str, Any]], loss: Any) -> dict[str, Any]:
@@ -51,6 +52,44 @@ def test_gradient_moments_are_those_of_backpropagation(name: str) -> None:
         assert gradients is not None
         torch.testing.assert_close(gradients.second, expected[site], rtol=1e-3, atol=1e-8)
         assert measured[site].inputs is not None
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "gpt_bigcode", "mixtral", "bert_masked"])
+def test_moments_of_the_wider_side_may_be_measured_as_products(name: str) -> None:
+    model = tiny.build(name)
+    batches = [tiny.inputs(model) for _ in range(2)]
+    if not model.can_generate():
+        batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+    sites = find_sites(model).select()
+    loss = summed_loss(model)
+    whole = calibrate(model, sites, batches, loss=loss)
+    kinds: set[str] = set()
+    for block in calibrate_blocks(model, sites, batches, loss=loss, products=True):
+        for path, found in block.moments.items():
+            expected = whole[path]
+            if not is_reached(expected, gradients=True):
+                continue
+            W, b = (None if part is None else part.double() for part in matrix_of(linear_at(model, path)))
+            assert W is not None
+            for one, other in ((found.inputs, expected.inputs), (found.gradients, expected.gradients)):
+                assert one is not None
+                assert other is not None
+                assert one.vectors == other.vectors
+                torch.testing.assert_close(one.mean, other.mean, rtol=1e-4, atol=1e-6)
+                second = other.second.diagonal() if one.second.ndim == 1 else other.second
+                torch.testing.assert_close(one.second, second, rtol=1e-4, atol=1e-7)
+            if found.outputs is not None:
+                kinds.add("outputs")
+                covariance, mean = expected.output_moments(W, b, centred=True)
+                torch.testing.assert_close(found.outputs.covariance, covariance, rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(found.outputs.mean, mean, rtol=1e-4, atol=1e-6)
+            if found.input_gradients is not None:
+                kinds.add("input gradients")
+                assert expected.gradients is not None
+                product = W.T @ expected.gradients.second @ W
+                torch.testing.assert_close(found.input_gradients.second, product, rtol=1e-3, atol=1e-8)
+            assert found.share == expected.share
+    assert kinds == {"outputs", "input gradients"}
 
 
 def test_parameters_collect_no_gradients_and_the_model_is_left_as_it_was() -> None:

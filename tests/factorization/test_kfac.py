@@ -188,3 +188,36 @@ def test_a_diagonal_serves_more_rows_than_columns() -> None:
     alone = moments._replace(gradients=moments.gradients._replace(second=moments.gradients.second.diagonal()))
     with pytest.raises(ValueError, match=r"serves a matrix with more rows than columns, but .* shape \(10, 24\)"):
         ordered_kfac(W, None, alone)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(10, 24), (24, 10)])
+def test_the_wider_sides_moment_may_be_known_as_its_product_with_the_weight(shape: tuple[int, int], bias: bool) -> None:
+    W, moments = site(*shape)
+    assert moments.inputs is not None
+    assert moments.gradients is not None
+    S, G = moments.inputs.second, moments.gradients.second
+    b = torch.linspace(-1, 1, len(W), dtype=W.dtype) if bias else None
+    shift = torch.zeros(len(W), dtype=W.dtype) if b is None else b
+    mean = W @ moments.inputs.mean
+    # Of W x + b.
+    second = W @ S @ W.T + torch.outer(mean, shift) + torch.outer(shift, mean) + torch.outer(shift, shift)
+    if shape[0] < shape[1]:
+        narrow = moments._replace(
+            inputs=moments.inputs._replace(second=S.diagonal()), outputs=Moments(5000, mean + shift, second)
+        )
+    else:
+        narrow = moments._replace(
+            gradients=moments.gradients._replace(second=G.diagonal()),
+            input_gradients=Moments(5000, torch.zeros_like(W[0]), W.T @ G @ W),
+        )
+    expected, found = ordered_kfac(W, b, moments), ordered_kfac(W, b, narrow)
+    torch.testing.assert_close(found.losses, expected.losses)
+    assert found.shrinkage == expected.shrinkage
+    assert (found.reader is None) == (shape[0] > shape[1])
+    for rank in (3, 10):
+        one, other = expected.truncate(W, b, rank), found.truncate(W, b, rank)
+        torch.testing.assert_close(other.product(), one.product())
+        assert (one.bias is None) == (b is None)
+        if one.bias is not None:
+            torch.testing.assert_close(other.bias, one.bias)
