@@ -1,8 +1,8 @@
 """The studies of arXiv:2405.06626 on models that are at hand: python experiments/characterization.py ASSETS.
 
-The bundled Llama, and models of five other architectures trained on the same text. ASSETS is a folder of weights and
-data with `weights/stories260K`, `weights/all-MiniLM-L6-v2`, its SST-2 head, and `data/sst2`, `data/tinystories`;
-without it only the bundled models are studied. Tucker without data, as in the paper:
+The bundled Llama, and models of five other architectures trained on the same text. ASSETS is a folder with `models`,
+`weights/stories260K`, `weights/all-MiniLM-L6-v2`, its SST-2 head, `data/wikitext2`, `data/sst2` and `data/tinystories`;
+without it only the bundled models are studied. `--only NAME ...` studies some. Tucker without data, as in the paper:
 all sites at falling ranks; one block, one tensor kind, one site at a time; three blocks ever further apart, in every
 place; ever more blocks. Every trial with its cost beside the dense model. Then tasks side by side, and three blocks at
 rank 1 beside the same blocks removed. Results: benchmarks/results/characterization-*.jsonl.
@@ -10,11 +10,11 @@ rank 1 beside the same blocks removed. Results: benchmarks/results/characterizat
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +25,14 @@ from results import RESULTS, ROOT, Results, quiet
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertForSequenceClassification
 
+import rankfold
 from rankfold import Record, allocate, factorize, find_sites
 from rankfold.calibration import Corpus, load_corpus, make_batches
 from rankfold.checkpoint import load_model, load_tokenizer
 from rankfold.circumstances import circumstances
 from rankfold.compression import restore
 from rankfold.cost import open_meter, relative_cost
-from rankfold.exploration.sensitivity import STUDIES, run_trials, sensitivity_trials
+from rankfold.exploration.sensitivity import STUDIES, Trial, run_trials, sensitivity_trials
 from rankfold.measurement import evaluation_windows
 from rankfold.modules import linear_at
 from rankfold.plan import Plan
@@ -63,6 +64,13 @@ ARCHITECTURES = ("pycode-opt", "pycode-bloom", "pycode-mamba", "pycode-starcoder
 """Bundled models beside the Llama, studied by block, kind and distance: OPT, Bloom, Mamba-2, GPTBigCode, CodeGen."""
 
 
+REAL = "SmolLM2-135M-Instruct"
+"""A language model that people use, studied on the test text of WikiText-2."""
+
+MOST = {"distance": 42, "count": 12}
+"""Groups of a study at most, spread evenly, where a model has more than twelve blocks."""
+
+
 class Subject(NamedTuple):
     """A model and what it is scored on."""
 
@@ -82,6 +90,7 @@ def subjects(assets: Path | None) -> Iterator[Subject]:
         yield decoder(name, ROOT / "models" / name, texts)._replace(texts={})
     if assets is None:
         return
+    yield real(assets)
     story = asset("data/tinystories", assets) / "tinystories_sample.txt"
     whole = story.read_text()
     yield decoder("stories260K", asset("weights/stories260K", assets), {
@@ -99,6 +108,13 @@ def subjects(assets: Path | None) -> Iterator[Subject]:
         labelled = load_labelled(file)
     tokenizer = load_tokenizer(base)
     yield Subject("MiniLM, SST-2", model, tokenizer, mistake_score(tokenizer, labelled), {})
+
+
+def real(assets: Path) -> Subject:
+    """A model that people use, on text of the usual kind."""
+    model, tokenizer = rankfold.load(asset("models", assets) / f"{REAL}.gguf", dtype=torch.float32)
+    corpus = load_corpus(str(asset("data/wikitext2", assets) / "wiki.test.raw"))
+    return Subject(REAL, model, tokenizer, next_token_score(evaluation_windows(tokenizer, corpus, 256, 24), 4), {})
 
 
 def decoder(name: str, folder: Path, texts: dict[str, Corpus]) -> Subject:
@@ -123,6 +139,8 @@ def run_studies(subject: Subject) -> None:
         if by in ("ranks", "count") and subject.name in ARCHITECTURES:
             continue
         trials = sensitivity_trials(sites, method="tucker", by=by, shares=SHARES[by])
+        if len({site.block for site in sites}) > 12:
+            trials = spread(trials, MOST.get(by))
         here = circumstances(subject.model, study=f"{subject.name}, {by}", method="tucker", by=by, seed=0)
         batches = make_batches(subject.model, torch.full((1, 8), 3)) if subject.texts else [{}]
         run_trials(
@@ -130,6 +148,15 @@ def run_studies(subject: Subject) -> None:
             stage=no_stage, cost=None if by == "site" else cost,
         )  # fmt: skip
         print(f"{subject.name}: {by}, {len(trials)} trials", flush=True)
+
+
+def spread(trials: Sequence[Trial], most: int | None) -> list[Trial]:
+    """Trials of some of the groups, spread evenly over all."""
+    groups = list(dict.fromkeys(trial.group for trial in trials))
+    if most is None or len(groups) <= most:
+        return list(trials)
+    chosen = {groups[round(number * (len(groups) - 1) / (most - 1))] for number in range(most)}
+    return [trial for trial in trials if trial.group in chosen]
 
 
 def tasks(subject: Subject, level: float | None) -> dict[str, Any]:
@@ -199,17 +226,22 @@ def nine_percent() -> dict[str, Any]:
 
 def main() -> None:
     """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("assets", nargs="?", type=Path)
+    parser.add_argument("--only", nargs="+", help="names of models")
     quiet()
     results = Results("characterization")
+    arguments = parser.parse_args()
     results.measure("Llama-2-7B", "three blocks at rank 1", circumstances("Llama-2-7B"), nine_percent)
-    for subject in subjects(Path(sys.argv[1]) if len(sys.argv) > 1 else None):
-        run_studies(subject)
-        if not subject.texts:
+    for subject in subjects(arguments.assets):
+        if arguments.only and subject.name not in arguments.only:
             continue
-        for level in (None, 0.75, 0.5, 0.25, 0.0):
+        run_studies(subject)
+        for level in (None, 0.75, 0.5, 0.25, 0.0) if subject.texts else ():
             row = "dense" if level is None else f"all sites at {level:g} of the full rank"
             results.measure(subject.name, row, circumstances(subject.model, seed=0), partial(tasks, subject, level))
-        removed(subject, results)
+        if subject.texts or subject.name == REAL:
+            removed(subject, results)
 
 
 if __name__ == "__main__":
