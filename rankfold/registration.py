@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -55,7 +55,7 @@ def _extend(module: ModuleType) -> None:
 class _WhenImported(MetaPathFinder):
     """Waits for one module of transformers: importing it here would cost every `import rankfold` seconds."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Iterable[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The module's own spec, with a loader that registers our types after it."""
         if name != _AUTO:
             return None

@@ -12,6 +12,10 @@ GROWTH = 1.2
 """Largest coefficient that is left: it bounds how far an error of a pivot row reaches into the others."""
 
 
+BLOCK = 32
+"""Columns that are rounded before all later ones are corrected."""
+
+
 class Pivoted(NamedTuple):
     """A matrix of rank `r` as `r` of its rows and the coefficients of the others in them."""
 
@@ -74,11 +78,19 @@ def _least_squares(rows: Float[Tensor, "rank in"], others: Float[Tensor, "rest i
 def _rounded(matrix: Float[Tensor, "a b"], H: Float[Tensor, "b b"], dtype: torch.dtype) -> Float[Tensor, "a b"]:
     """Columns rounded one after the other, the later ones making good the error `tr(E H E^T)` of the earlier."""
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(_damped(H))), upper=True)
-    left, rounded = matrix.clone(), torch.empty_like(matrix)
-    for j in range(left.shape[1]):
-        rounded[:, j] = left[:, j].to(dtype)
-        left[:, j:] -= torch.outer((left[:, j] - rounded[:, j]) / upper[j, j], upper[j, j:])
-    return rounded
+    # Columns lie as rows, and those beyond a block learn of its errors in one product.
+    left = matrix.T.clone(memory_format=torch.contiguous_format)
+    for start in range(0, len(left), BLOCK):
+        here = left[start : start + BLOCK]
+        own = upper[start : start + BLOCK, start : start + BLOCK]
+        errors = torch.empty_like(here)
+        for j in range(len(here)):
+            rounded = here[j].to(dtype).to(here.dtype)
+            errors[j] = (here[j] - rounded) / own[j, j]
+            here[j + 1 :] -= torch.outer(own[j, j + 1 :], errors[j])
+            here[j] = rounded
+        left[start + BLOCK :] -= upper[start : start + BLOCK, start + BLOCK :].T @ errors
+    return left.T
 
 
 def _damped(H: Float[Tensor, "b b"]) -> Float[Tensor, "b b"]:
