@@ -34,10 +34,19 @@ from rankfold.checkpoint import export_dense, load_model, save_adapters
 from rankfold.factorization import Moments, SiteMoments
 from rankfold.pipeline import read_text
 from rankfold.quantization import Groups, quantize_blocks, quantize_by_library
-from rankfold.recovery import Difference, check_relatives, difference_adapter, difference_plan, differences
+from rankfold.recovery import (
+    Difference,
+    check_relatives,
+    difference_adapter,
+    difference_plan,
+    differences,
+    remaining_divergence,
+)
 from rankfold.sites import find_sites
 
 LENGTH, SEQUENCES, WINDOWS, RANKS = 512, 32, 16, (2, 8, 32)
+HELD_OUT = 8
+"""As the command line does."""
 TUNED_WINDOWS, TUNED_LENGTH, TUNED_BATCH = 160, 256, 8
 PLAIN, ONE_SIDED, ONE_RANK, OWN_RANKS = "truncated SVD", "inputs alone", "rankfold adapt", "rankfold adapt --compact"
 
@@ -120,14 +129,23 @@ def adapters(bench: Bench, pair: Pair) -> dict[str, tuple[Path, dict[str, Any]]]
     sites = find_sites(target).select()
     others = check_relatives(carrier, target, sites, leave_others=True)
     reading = read_text(
-        target, tokenizer, str(pair.calibration), sequences=SEQUENCES, length=LENGTH, batch_size=4, seed=0
+        target,
+        tokenizer,
+        str(pair.calibration),
+        sequences=SEQUENCES,
+        length=LENGTH,
+        batch_size=4,
+        seed=0,
+        held_out=True,
     )
     statistics = calibrate(target, sites, reading.batches, loss=summed_loss(target, "text", 0))
     both = differences(carrier, target, sites, statistics)
+    assert reading.held_out is not None, "asked for"
+    judge = remaining_divergence(carrier, target, reading.held_out[:HELD_OUT])
     ways: dict[str, tuple[Mapping[str, Difference], dict[str, Any]]] = {
         PLAIN: (differences(carrier, target, sites, unweighed(statistics, sites, inputs=False)), {}),
         ONE_SIDED: (differences(carrier, target, sites, unweighed(statistics, sites, inputs=True)), {}),
-        ONE_RANK: (both, {}),
+        ONE_RANK: (both, {"judge": judge}),
         OWN_RANKS: (both, {"compact": True}),
     }
     found = {}

@@ -10,18 +10,27 @@ import typer
 from rankfold.calibration import calibrate, calibration_windows, default_length, load_corpus, make_batches, usual_loss
 from rankfold.checkpoint import load_model, load_tokenizer, save_adapters, tokenizer_if_any
 from rankfold.circumstances import circumstances
-from rankfold.cli.options import Device, Overwrite, Seed, SiteNames
+from rankfold.cli.options import Device, Overwrite, Seed, SiteNames, is_decoder
 from rankfold.cli.terminal import print_table, say, stages, write_records
 from rankfold.errors import InputError
 from rankfold.modules import QuantizedLinear
 from rankfold.pipeline import parse_bytes
 from rankfold.plan import Plan
-from rankfold.recovery import check_relatives, difference_adapter, difference_plan, differences
+from rankfold.recovery import (
+    check_relatives,
+    difference_adapter,
+    difference_plan,
+    differences,
+    remaining_divergence,
+)
 from rankfold.shards import check_target
 from rankfold.sites import Sites, find_sites
 
 BATCH = 8
 """Windows a batch."""
+
+HELD_OUT = 8
+"""Windows of the calibration text's end on which ranks are compared."""
 
 
 def adapt(
@@ -64,9 +73,12 @@ def adapt(
     if others:
         say(f"{len(others)} weights outside of the adapter stay as the base has them, for example {others[0]}.")
     corpus = load_corpus(calibration, tokenizer=tokenizer)
-    windows, _, _ = calibration_windows(
-        wanted, tokenizer, corpus, sequences=sequences, length=length or default_length(wanted.config), seed=seed
-    )
+    # What decides between ranks is read from text that no moment was measured on.
+    chooses = budget is not None and not compact and is_decoder([wanted])
+    windows, held_out, _ = calibration_windows(
+        wanted, tokenizer, corpus, sequences=sequences, length=length or default_length(wanted.config), seed=seed,
+        held_out=HELD_OUT if chooses else 0,
+    )  # fmt: skip
     batches = make_batches(wanted, windows, BATCH)
     with stages() as stage:
         passes = 2 * len({site.block for site in chosen}) + 1
@@ -74,7 +86,11 @@ def adapt(
         loss = usual_loss(wanted, batches, seed)
         statistics = calibrate(wanted, chosen, batches, loss=loss, on_step=advance)
     found = differences(carrier, wanted, chosen, statistics)
-    plan, factors = difference_plan(chosen, found, bytes=budget, rank=rank, compact=compact)
+    judge = None
+    if chooses and held_out is not None and len(held_out):
+        say(f"Measuring which rank leaves least, on {len(held_out)} windows of the end of the calibration text.")
+        judge = remaining_divergence(carrier, wanted, held_out)
+    plan, factors = difference_plan(chosen, found, bytes=budget, rank=rank, compact=compact, judge=judge)
     adapted = difference_adapter(carrier, factors)
     save_adapters(adapted, tokenizer, output, base=base, overwrite=overwrite)
     _report(output, plan, chosen)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rankfold.allocation import Allowance, SiteOptions, knapsack
@@ -15,6 +17,7 @@ from rankfold.errors import InputError
 from rankfold.factorization import SiteMoments, ordered_kfac
 from rankfold.modules import LinearStack, is_transposed, linear_at, stored_matrix
 from rankfold.plan import Option, Plan
+from rankfold.quality import next_token_quality
 from rankfold.sites import Site
 
 SERVED_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -28,6 +31,12 @@ SAME = 0.005
 
 BYTES = 2
 """Bytes of a number of an adapter."""
+
+JUDGED = 4
+"""Ranks that one rank for all sites is chosen from by measuring, from the largest that every site can have."""
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""`(B, A)` by site, of shapes (out, rank) and (rank, in)."""
 
 
 def check_relatives(base: Any, target: Any, sites: Sequence[Site], leave_others: bool = False) -> list[str]:
@@ -135,6 +144,7 @@ def difference_plan(
     bytes: int | None = None,
     rank: int | None = None,
     compact: bool = False,
+    judge: Callable[[Factors], float] | None = None,
 ) -> tuple[Plan, dict[str, tuple[Tensor, Tensor]]]:
     """Ranks for the difference at every site within one budget of bytes, and its factors.
 
@@ -146,6 +156,9 @@ def difference_plan(
         compact: Whether sites may have different ranks. Runtimes scale these differently: PEFT by a pattern of alphas,
             vLLM by one alpha over one rank, llama.cpp by the rank of each tensor. So by default each site has the one
             rank that is best for all, or none, with alpha equal to it, which is right in all of them.
+        judge: Measures what remains with some factors (`remaining_divergence`). Where one rank for all is chosen it
+            decides between a few, in place of predicted losses: these prefer larger ranks at fewer sites, and are wrong
+            where the models are far apart.
 
     Returns:
         The plan, whose options have ranks from 0 and the predicted loss that remains, and in its facts that without an
@@ -157,17 +170,30 @@ def difference_plan(
     if (bytes is None) == (rank is None) or (bytes or rank or 0) < 1:
         raise InputError(f"An adapter needs one of bytes and rank, 1 or more, but got {bytes} and {rank}.")
     losses = {name: each.losses for name, each in differences.items()}
+
+    def cut(options: Sequence[Option]) -> dict[str, tuple[Tensor, Tensor]]:
+        kept = {option.sites[0]: option.ranks[0] for option in options}
+        return {name: _balanced(differences[name].B[:, :r], differences[name].A[:r]) for name, r in kept.items() if r}
+
     if rank is not None:
         chosen = [_option(site, min(rank, len(losses[site.name]) - 1), losses[site.name]) for site in sites]
     else:
         assert bytes is not None, "one of both"
-        steps = [None] if compact else [one for one in SERVED_RANKS if one <= max(map(len, losses.values())) - 1]
-        tried = [_within(sites, losses, bytes, step) for step in steps]
-        chosen = min(tried, key=lambda options: sum(option.loss or 0.0 for option in options))
-    kept = {option.sites[0]: option.ranks[0] for option in chosen}
-    factors = {name: _balanced(differences[name].B[:, :r], differences[name].A[:r]) for name, r in kept.items() if r}
-    if not factors:
-        raise InputError("The budget holds no rank of any site. Raise it.")
+        served = [one for one in SERVED_RANKS if one <= max(map(len, losses.values())) - 1]
+        if judge is not None and not compact:
+            price = BYTES * sum(site.out_features + site.in_features for site in sites)
+            first = max(sum(one * price <= bytes for one in served) - 1, 0)
+            served = served[first : first + JUDGED]
+        tried = [_within(sites, losses, bytes, step) for step in ([None] if compact else served)]
+        tried = [options for options in tried if any(option.ranks[0] for option in options)]
+        if not tried:
+            raise InputError("The budget holds no rank of any site. Raise it.")
+        if judge is None or len(tried) == 1:
+            chosen = min(tried, key=lambda options: sum(option.loss or 0.0 for option in options))
+        else:
+            remaining = [judge(cut(options)) for options in tried]
+            chosen = tried[remaining.index(min(remaining))]
+    factors = cut(chosen)
     plan = Plan(
         options=tuple(chosen),
         method="kfac",
@@ -218,8 +244,35 @@ def _options(site: Site, losses: Tensor, one: int | None) -> SiteOptions:
     )
 
 
+def remaining_divergence(base: Any, target: Any, windows: Int[Tensor, "windows length"]) -> Callable[[Factors], float]:
+    """A measure of how far a base's next-token predictions remain from the target's with some factors added.
+
+    Args:
+        base: The model that will carry the adapter; it is left as it was.
+        target: The model that it shall come near to.
+        windows: Token ids that no moment was measured on.
+
+    Returns:
+        A function from factors to nats per token.
+    """
+
+    def remaining(factors: Factors) -> float:
+        with ExitStack() as hooks:
+            for name, (B, A) in factors.items():
+                hooks.callback(linear_at(base, name).register_forward_hook(partial(_added, B, A)).remove)
+            return next_token_quality(base, windows, dense=target).kl or 0.0
+
+    return remaining
+
+
+def _added(B: Tensor, A: Tensor, _: Any, args: tuple[Tensor, ...], result: Tensor) -> Tensor:
+    """What a layer gives with an adapter."""
+    x = args[0].to(A.dtype)
+    return result + (x @ A.to(x.device).T @ B.to(x.device).T).to(result.dtype)
+
+
 @torch.no_grad()
-def difference_adapter(base: Any, factors: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+def difference_adapter(base: Any, factors: Factors) -> Any:
     """A PEFT model of the base with these factors as its adapter, in bfloat16.
 
     Args:

@@ -15,8 +15,15 @@ from safetensors.torch import load_file
 from rankfold.calibration import calibrate, make_batches, summed_loss
 from rankfold.checkpoint import load_model, save_adapters
 from rankfold.modules import linear_at
+from rankfold.quality import next_token_quality
 from rankfold.quantization import Groups, gptq
-from rankfold.recovery import check_relatives, difference_adapter, difference_plan, differences
+from rankfold.recovery import (
+    check_relatives,
+    difference_adapter,
+    difference_plan,
+    differences,
+    remaining_divergence,
+)
 from rankfold.sites import find_sites
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install 'rankfold[recovery]'")
@@ -98,6 +105,43 @@ def test_ranks_that_differ_cost_no_more_than_one_rank(pair: tuple[Any, Any, Any,
         one, _ = difference_plan(sites, differences(rounded(), target, sites, statistics), bytes=size)
         mixed, _ = difference_plan(sites, differences(rounded(), target, sites, statistics), bytes=size, compact=True)
         assert mixed.predicted_loss <= 1.02 * one.predicted_loss
+
+
+def test_what_remains_is_measured_with_an_adapter_that_is_not_there_yet(pair: tuple[Any, Any, Any, Any]) -> None:
+    target, sites, statistics, ids = pair
+    base = rounded()
+    before = next_token_quality(base, ids, dense=target).kl
+    found = differences(base, target, sites, statistics)
+    remaining = remaining_divergence(base, target, ids)
+    assert remaining({}) == pytest.approx(before)
+    _, whole = difference_plan(sites, found, rank=10**6)
+    assert remaining(whole) < 1e-3 * remaining({})
+    _, some = difference_plan(sites, found, rank=4)
+    adapted = difference_adapter(rounded().bfloat16(), some)
+    expected = next_token_quality(adapted, ids, dense=target).kl
+    assert remaining(some) == pytest.approx(expected, rel=0.1)
+    assert next_token_quality(base, ids, dense=target).kl == before
+
+
+def test_one_rank_for_all_is_chosen_by_what_was_measured(pair: tuple[Any, Any, Any, Any]) -> None:
+    target, sites, statistics, _ = pair
+    found = differences(rounded(), target, sites, statistics)
+    size = 2 * sum(2 * (site.out_features + site.in_features) for site in sites)
+    tried: list[int] = []
+
+    def judge(factors: Any) -> float:
+        ranks = {len(A) for _, A in factors.values()}
+        assert len(ranks) == 1
+        tried.append(ranks.pop())
+        return abs(tried[-1] - 8.0)
+
+    plan, factors = difference_plan(sites, found, bytes=size, judge=judge)
+    # From the largest that all can have.
+    assert tried == [2, 4, 8, 16]
+    assert {len(A) for _, A in factors.values()} == {8}
+    assert plan.bytes <= size
+    everywhere, _ = difference_plan(sites, found, bytes=size, judge=lambda factors: -float(len(factors)))
+    assert {option.ranks for option in everywhere.options} == {(2,)}
 
 
 def test_both_sides_beat_the_plain_difference_at_equal_rank(pair: tuple[Any, Any, Any, Any]) -> None:
