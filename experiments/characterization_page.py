@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 from lord_page import by_row, subjects, table, with_error
-from results import RESULTS, ROOT, read
+from observations import observations
+from results import ROOT, read
+from studies import ARCHITECTURES, REAL, apart, depth_of, per_parameter, study
 
 from rankfold.record import Record
 
-MODELS = ("pycode-llama", "stories260K", "MiniLM")
-ARCHITECTURES = {
-    "pycode-llama": "Llama",
-    "pycode-starcoder": "GPTBigCode",
-    "pycode-codegen": "CodeGen",
-    "pycode-opt": "OPT",
-    "pycode-bloom": "Bloom",
-    "pycode-mamba": "Mamba-2",
-    "stories260K": "Llama, stories",
-    "MiniLM": "BERT",
-}
-"""Every model that was studied, by what it is."""
-
-
-def study(model: str, by: str) -> dict[tuple[str, float], Record]:
-    """The records of a study by group and share of the full rank."""
-    path = RESULTS / f"characterization-{model}-{by}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    records = map(Record.from_json, lines)
-    return {(str(record.context["group"]), float(record.context["share"])): record for record in records}
+MODELS = (REAL, "MiniLM", "pycode-llama", "stories260K")
+"""The real models first."""
 
 
 def number(record: Record | None, digits: int = 3) -> str:
@@ -52,10 +35,12 @@ def depth() -> Iterator[str]:
         if not blocks:
             continue
         rows = []
-        for place, block in enumerate(blocks):
-            quarter, one = found[block, 0.25], found[block, 0.0]
-            per = [f"{_per_parameter(record) / 100:.4f}" for record in (quarter, one)]
-            rows.append([str(place), number(quarter), number(one), *per])
+        for block in blocks:
+            if (block, 0.0) not in found:
+                continue
+            pair = found.get((block, 0.25)), found[block, 0.0]
+            per = ["-" if record is None else f"{per_parameter(record) / 100:.4f}" for record in pair]
+            rows.append([block.rpartition(".")[2], *map(number, pair), *per])
         header = [f"{model}: block", "quarter of the full rank", "rank 1", "per % removed at a quarter", "at rank 1"]
         yield from table(header, rows)
         yield from _depth_says(model, found)
@@ -64,40 +49,14 @@ def depth() -> Iterator[str]:
     for model in MODELS:
         found = study(model, "kind")
         kinds = list(dict.fromkeys(group for group, _ in found))
-        rows = [[kind, number(found[kind, 0.25]), number(found[kind, 0.0])] for kind in kinds]
+        rows = [[kind, number(found.get((kind, 0.25))), number(found.get((kind, 0.0)))] for kind in kinds]
         if rows:
             yield from table([f"{model}: kind, in all blocks", "quarter of the full rank", "rank 1"], rows)
 
 
-class Depth(NamedTuple):
-    """What a study of single blocks says: rises at rank 1 as multiples of the median block's."""
-
-    first: float
-    last_three: float
-    last: float
-    first_is_worst: bool
-    better: int
-    """Blocks in which rank 1 costs less for each parameter removed than a quarter of the rank."""
-    blocks: int
-
-
-def _depth_of(found: Mapping[tuple[str, float], Record]) -> Depth:
-    blocks = list(dict.fromkeys(group for group, _ in found))
-    rises = [float(found[block, 0.0].value or 0) for block in blocks]
-    middle = statistics.median(rises)
-    better = sum(_per_parameter(found[block, 0.0]) < _per_parameter(found[block, 0.25]) for block in blocks)
-    late = statistics.fmean(rises[-3:]) / middle
-    return Depth(rises[0] / middle, late, rises[-1] / middle, rises[0] == max(rises), better, len(blocks))
-
-
-def _per_parameter(record: Record) -> float:
-    """Rise for each share of the model that was removed."""
-    return float(record.value or 0) / float(record.context["removed_of_model"])
-
-
 def _depth_says(model: str, found: Mapping[tuple[str, float], Record]) -> Iterator[str]:
     """What the paper's observations on depth are worth here."""
-    depth = _depth_of(found)
+    depth = depth_of(found)
     early = "holds" if depth.first_is_worst else "does not hold"
     late = "holds" if depth.last_three <= 1 else "does not hold"
     yield (
@@ -105,25 +64,12 @@ def _depth_says(model: str, found: Mapping[tuple[str, float], Record]) -> Iterat
         f"median block. *The last three matter little* {late}: they cost {depth.last_three:.1f} times "
         f"the median on average, the last one {depth.last:.1f} times."
     )
-    yield (
-        f"- *Rank 1 is the best trade*: per parameter removed it is cheaper than a quarter of the rank in {depth.better} of "
-        f"{depth.blocks} blocks."
-    )
+    if depth.blocks:
+        yield (
+            f"- *Rank 1 is the best trade*: per parameter removed it is cheaper than a quarter of the rank in {depth.better} "
+            f"of {depth.blocks} blocks."
+        )
     yield ""
-
-
-def _apart(model: str) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """By distance, the rise of three blocks together: as a ratio to the sum of what each costs alone, and itself."""
-    found, alone = study(model, "distance"), study(model, "block")
-    blocks = list(dict.fromkeys(group for group, _ in alone))
-    ratios: dict[str, list[float]] = {}
-    rises: dict[str, list[float]] = {}
-    for (group, _), record in found.items():
-        apart, _, numbers = group.partition(" apart: blocks ")
-        total = sum(float(alone[blocks[int(place)], 0.0].value or 0) for place in numbers.split(", "))
-        ratios.setdefault(apart, []).append(float(record.value or 0) / total)
-        rises.setdefault(apart, []).append(float(record.value or 0))
-    return ratios, rises
 
 
 def distance() -> Iterator[str]:
@@ -133,7 +79,7 @@ def distance() -> Iterator[str]:
     yield "Blocks differ, so the rise of three together is set against the sum of what each costs alone: above 1 they make each other worse."
     yield ""
     for model in MODELS:
-        ratios, rises = _apart(model)
+        ratios, rises = apart(model)
         if not ratios:
             continue
         rows = [
@@ -162,10 +108,10 @@ def architectures() -> Iterator[str]:
         blocks, kinds = study(model, "block"), study(model, "kind")
         if not blocks:
             continue
-        depth = _depth_of(blocks)
-        at_one = {group: _per_parameter(record) for (group, share), record in kinds.items() if share == 0}
+        depth = depth_of(blocks)
+        at_one = {group: per_parameter(record) for (group, share), record in kinds.items() if share == 0}
         order = sorted(at_one, key=lambda group: at_one[group])
-        ratios = [statistics.median(values) for values in _apart(model)[0].values()]
+        ratios = [statistics.median(values) for values in apart(model)[0].values()]
         together = f"{ratios[0]:.2f}, {ratios[-1]:.2f}" if ratios[1:] else "-"
         spreads += [ratios] if ratios[1:] else []
         depths.append(depth)
@@ -271,7 +217,7 @@ def counts() -> Iterator[str]:
         if rows:
             header = [model, "removed", "rise", "prefill / dense", "decode / dense", "machine contended"]
             yield from table(header, rows)
-    yield "These models are so small that calls cost more than products: fewer parameters do not make them faster. Energy: this machine shows no counter."
+    yield "Models of a million parameters are so small that calls cost more than products: fewer parameters do not make them faster. Energy: this machine shows no counter."
     yield ""
 
 
@@ -410,10 +356,11 @@ def page() -> str:
         "",
         "The studies of arXiv:2405.06626 on models at hand, written by `python experiments/characterization_page.py`. Tucker without data, as in the paper, unless said",
         "otherwise: `python experiments/characterization.py ASSETS`. Rises are of the loss on held-out text in nats per token, for the classifier points of accuracy lost;",
-        "± is the standard error over windows or rows. Two shared x86-64 cores, one thread; models of a million parameters.",
+        "± is the standard error over windows or rows. Two shared x86-64 cores, one thread; the models named pycode and stories have under a million parameters.",
         "",
     ]
     for part in (
+        observations,
         depth,
         distance,
         architectures,
