@@ -91,3 +91,8 @@ def test_shares_that_cannot_be_had_are_passed_over() -> None:
 def test_a_limit_that_nothing_keeps_within_says_what_was_tried() -> None:
     with pytest.raises(ValueError, match=r"removing 0\.016 of the sites already costs more"):
         Tries(lambda share: 1.0).search(0.1, 0.0)
+
+
+def test_sizes_that_cannot_be_had_are_not_said_to_cost_too_much() -> None:
+    with pytest.raises(ValueError, match=r"No size that was tried can be had, up to 0\.984 of the sites: too small"):
+        Tries(lambda share: 1.0, floor=2.0).search(0.1, 0.0)
