@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankfold.calibration.accumulators import DiagonalAccumulator, MomentAccumulator
 from rankfold.calibration.losses import Loss, usual_loss
@@ -280,9 +280,14 @@ class Observer:
     def _watch_outputs(self, linear: Any, site: Site) -> Any:
         accumulator = self._accumulator(site, "outputs", site.out_features, linear)
 
-        def take(_: Any, args: Any, result: Tensor) -> None:
-            if self._counts(result):
-                accumulator.update(result)
+        def take(_: Any, args: tuple[Tensor, ...], result: Tensor) -> None:
+            if not self._counts(result):
+                return
+            if self._gradients and site.bias and result.dtype.itemsize < 4:
+                # Rounded to 16 bits beside a bias, outputs would say little of how they vary.
+                W, b = stored_matrix(linear).detach().float(), linear.bias.detach().float()
+                result = nn.functional.linear(args[0].detach().float(), W, b)
+            accumulator.update(result)
 
         return linear.register_forward_hook(take)
 
@@ -304,7 +309,11 @@ class Observer:
         def take(gradient: Tensor) -> None:
             at_outputs.update(gradient)
             if at_inputs is not None:
-                at_inputs.update(gradient.float() @ stored_matrix(linear).detach().float())
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                W = stored_matrix(linear).detach().to(wide)
+                sequences = gradient.reshape(-1, *gradient.shape[-2:]) if gradient.ndim > 2 else [gradient]
+                for sequence in sequences:
+                    at_inputs.update(sequence.to(wide) @ W)
 
         def follow(_: Any, args: Any, result: Tensor) -> None:
             if result.requires_grad:
@@ -341,7 +350,7 @@ class Observer:
         for group in self._groups.values():
             outputs = self._reads_outputs(group)
             inputs = self._read(group[0], "inputs") if self._gradients or not outputs else None
-            share = inputs.vectors / self._tokens if inputs is not None and self._gradients and self._tokens else 1
+            share = inputs.vectors / self._tokens if inputs is not None and self._tokens else 1
             for site in group:
                 result[site.name] = SiteMoments(
                     inputs=inputs,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,12 +75,19 @@ def adapt(
     if others:
         say(f"{len(others)} weights outside of the adapter stay as the base has them, for example {others[0]}.")
     corpus = load_corpus(calibration, tokenizer=tokenizer)
-    # What decides between ranks is read from text that no moment was measured on.
-    chooses = budget is not None and not compact and is_decoder([wanted])
-    windows, held_out, _ = calibration_windows(
-        wanted, tokenizer, corpus, sequences=sequences, length=length or default_length(wanted.config), seed=seed,
-        held_out=HELD_OUT if chooses else 0,
+    drawn = partial(
+        calibration_windows, wanted, tokenizer, corpus, sequences=sequences,
+        length=length or default_length(wanted.config), seed=seed,
     )  # fmt: skip
+    held_out = None
+    if budget is not None and not compact and is_decoder([wanted]):
+        # What decides between ranks is read from text that no moment was measured on.
+        with suppress(InputError):
+            windows, held_out, _ = drawn(held_out=HELD_OUT)
+        if held_out is None:
+            say("The calibration text is too short to keep some apart: predicted losses choose the rank.")
+    if held_out is None:
+        windows, _, _ = drawn()
     batches = make_batches(wanted, windows, BATCH)
     with stages() as stage:
         passes = 2 * len({site.block for site in chosen}) + 1
@@ -87,8 +96,8 @@ def adapt(
         statistics = calibrate(wanted, chosen, batches, loss=loss, on_step=advance)
     found = differences(carrier, wanted, chosen, statistics)
     judge = None
-    if chooses and held_out is not None and len(held_out):
-        say(f"Measuring which rank leaves least, on {len(held_out)} windows of the end of the calibration text.")
+    if held_out is not None:
+        say(f"Measuring which rank leaves least, on {len(held_out)} windows kept apart from the calibration text.")
         judge = remaining_divergence(carrier, wanted, held_out)
     plan, factors = difference_plan(chosen, found, bytes=budget, rank=rank, compact=compact, judge=judge)
     adapted = difference_adapter(carrier, factors)
@@ -121,5 +130,8 @@ def _report(output: Path, plan: Plan, sites: Sites) -> None:
     print_table("adapter", ["kind", "sites", "rank"], rows)
     before, after = plan.calibration["loss_without"], plan.predicted_loss
     say(f"Predicted distance of the base from the target: {before:.4f} nat/token; with the adapter: {after:.4f}")
+    if "measured" in plan.calibration:
+        tried = ", ".join(f"{rank}: {left:.4f}" for rank, left in plan.calibration["measured"].items())
+        say(f"Measured divergence from the target with ranks up to {tried} nat/token; the least was taken")
     say(f"Adapter: {output}, {plan.bytes:,} bytes of numbers")
     say(f"Next: rankfold measure {output} --dense TARGET --text TEXT")

@@ -67,7 +67,7 @@ def compress_in_rounds(  # noqa: PLR0913
         journal: What an interrupted run has worked out of single sites, and this one does; the factors of every site
             lie there instead of on the shelf.
         known: Predicted losses of the dense model's sites. Empty ones are filled; those of an earlier call without
-            rounds on the same shelf, where their factors are, save measuring them again.
+            rounds and with the same drift on the same shelf, where their factors are, save measuring them again.
         source: Where the first round's factors come from; without it they are worked out here.
         on_step: Called after each batch has passed a block.
 
@@ -130,7 +130,9 @@ def _measured(
     """Predicted losses of every site that is reached, by its factorization, which is put down in `ordered`."""
     done = {site.name for site in sites if isinstance(ordered, Journal) and site.name in ordered}
     losses = {name: ordered[name].losses.tolist() for name in done}
-    rest = [site for site in sites if site.name not in done]
+    # Sites that read one input are measured together or not at all: what is measured of them depends on all of them.
+    missing = {site.reads for site in sites if site.name not in done}
+    rest = [site for site in sites if site.reads in missing]
     use_eager_experts(model)
     if not rest:
         for _ in range(2 * len({site.block for site in sites}) * len(batches)):

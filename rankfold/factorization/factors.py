@@ -47,6 +47,7 @@ class Moments(NamedTuple):
     @property
     def covariance(self) -> Float[Tensor, "size size"]:
         """`E[x x^T] - E[x] E[x]^T`."""
+        assert self.second.ndim == 2, "of these vectors only the diagonal of the moment is known"
         return self.second - torch.outer(self.mean, self.mean)
 
     def centred(self) -> Moments:

@@ -46,13 +46,17 @@ class Ordered(NamedTuple):
             correction: Added to the weight before it is projected (`rankfold.compression.drift`).
 
         Raises:
-            ValueError: If `rank` is not between 1 and `min(out, in)`.
+            ValueError: If `rank` is not between 1 and `min(out, in)`, or there is no `reader` for a correction.
         """
         check_rank(rank, min(weight.shape))
         up, down = self.up[:, :rank], self.down[:rank]
         target = weight.to(up.dtype)
         if correction is not None:
-            assert self.reader is not None, "drift is corrected with whole moments"
+            if self.reader is None:
+                raise InputError(
+                    "Drift is corrected by factors from whole moments, but these were worked out from products alone: "
+                    "measure again with the same `drift`, on a shelf of its own."
+                )
             down = down + self.reader[:rank] @ correction
             target = target + correction
         if bias is not None and self.mean is not None:

@@ -57,7 +57,9 @@ def smallest_within(
     # Tries along the line between two measured ends, and whether they kept within the limit. Two in a row on the same
     # side show that the line says little: the interval is halved from then on.
     along: list[bool] = []
-    unmet: BudgetError | None = None
+    # Why no size can be had, until one was.
+    unmet = ""
+    some_were_measured = False
     for number in range(1, STEPS + 1):
         halve = any(one == other for one, other in pairwise(along))
         measured_ends = low.rise is not None and high.rise is not None
@@ -68,9 +70,10 @@ def smallest_within(
             plan = attempt(share, f"try {number} of at most {STEPS}, keep {share:.3f}: ")
         except BudgetError as error:
             restore()
-            low, unmet = _End(share), error
+            low, unmet = _End(share), str(error)
             continue
         measured = rise()
+        some_were_measured = True
         if measured <= limit:
             high, best = _End(share, measured), share
             if measured >= SPENT * limit or number == STEPS:
@@ -82,8 +85,8 @@ def smallest_within(
         restore()
         if low.share >= LARGEST:
             break
-    if best is None and low.rise is None and unmet is not None:
-        raise InputError(f"No size that was tried can be had, up to {low.share:.3f} of the sites: {unmet}") from unmet
+    if not some_were_measured:
+        raise InputError(f"No size that was tried can be had, up to {low.share:.3f} of the sites: {unmet}")
     if best is None:
         raise InputError(
             f"No compression keeps the loss increase within {limit:g} nats per token: removing "

@@ -162,7 +162,7 @@ def difference_plan(
 
     Returns:
         The plan, whose options have ranks from 0 and the predicted loss that remains, and in its facts that without an
-        adapter; and `(B, A)` by site.
+        adapter and, by rank, what was measured; and `(B, A)` by site.
 
     Raises:
         ValueError: If not exactly one of `bytes` and `rank` is given, or it is out of range.
@@ -170,6 +170,7 @@ def difference_plan(
     if (bytes is None) == (rank is None) or (bytes or rank or 0) < 1:
         raise InputError(f"An adapter needs one of bytes and rank, 1 or more, but got {bytes} and {rank}.")
     losses = {name: each.losses for name, each in differences.items()}
+    facts: dict[str, Any] = {"loss_without": sum(float(curve[0]) for curve in losses.values())}
 
     def cut(options: Sequence[Option]) -> dict[str, tuple[Tensor, Tensor]]:
         kept = {option.sites[0]: option.ranks[0] for option in options}
@@ -181,8 +182,8 @@ def difference_plan(
         assert bytes is not None, "one of both"
         served = [one for one in SERVED_RANKS if one <= max(map(len, losses.values())) - 1]
         if judge is not None and not compact:
-            price = BYTES * sum(site.out_features + site.in_features for site in sites)
-            first = max(sum(one * price <= bytes for one in served) - 1, 0)
+            fitting = [one for one in served if _everywhere(sites, losses, one) <= bytes]
+            first = max(len(fitting) - 1, 0)
             served = served[first : first + JUDGED]
         tried = [_within(sites, losses, bytes, step) for step in ([None] if compact else served)]
         tried = [options for options in tried if any(option.ranks[0] for option in options)]
@@ -193,15 +194,23 @@ def difference_plan(
         else:
             remaining = [judge(cut(options)) for options in tried]
             chosen = tried[remaining.index(min(remaining))]
+            facts["measured"] = {
+                max(o.ranks[0] for o in found): left for found, left in zip(tried, remaining, strict=True)
+            }
     factors = cut(chosen)
     plan = Plan(
         options=tuple(chosen),
         method="kfac",
         allocation="knapsack" if rank is None else "uniform",
         rank=rank,
-        calibration={"loss_without": sum(float(curve[0]) for curve in losses.values())},
+        calibration=facts,
     )
     return plan, factors
+
+
+def _everywhere(sites: Sequence[Site], losses: Mapping[str, Tensor], rank: int) -> int:
+    """Bytes of one rank at every site, or the full one where that is less."""
+    return sum(BYTES * min(rank, len(losses[site.name]) - 1) * (site.out_features + site.in_features) for site in sites)
 
 
 def _option(site: Site, rank: int, losses: Tensor) -> Option:

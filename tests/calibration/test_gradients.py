@@ -92,6 +92,24 @@ def test_moments_of_the_wider_side_may_be_measured_as_products(name: str) -> Non
     assert kinds == {"outputs", "input gradients"}
 
 
+def test_a_bias_beside_16_bits_does_not_hide_how_outputs_vary() -> None:
+    model = tiny.build("gpt2")
+    names = ["transformer.h.0.mlp.c_proj"]
+    with torch.no_grad():
+        model.get_submodule(names[0]).bias.fill_(100.0)
+    batches = [tiny.inputs(model)]
+    sites = find_sites(model).select(names)
+    seen = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model.to(dtype)
+        loss = summed_loss(model)
+        found = [block.moments for block in calibrate_blocks(model, sites, batches, loss=loss, products=True)]
+        outputs = found[0][names[0]].outputs
+        assert outputs is not None
+        seen[dtype] = outputs.covariance
+    assert (seen[torch.bfloat16] - seen[torch.float32]).norm() < 0.05 * seen[torch.float32].norm()
+
+
 def test_parameters_collect_no_gradients_and_the_model_is_left_as_it_was() -> None:
     model = tiny.build("llama").train()
     batches = [tiny.inputs(model)]

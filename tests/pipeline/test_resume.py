@@ -36,8 +36,10 @@ def dying(calls: int) -> Callable[[str, int], Step]:
     return stage
 
 
-def compressed(work: Path | None, stage: Any = None, **settings: Any) -> dict[str, torch.Tensor]:
-    model = tiny.build("llama")
+def compressed(
+    work: Path | None, stage: Any = None, name: str = "llama", dtype: torch.dtype = torch.float32, **settings: Any
+) -> dict[str, torch.Tensor]:
+    model = tiny.build(name).to(dtype)
     ids = torch.randint(0, 128, (6, 16), generator=torch.Generator().manual_seed(0))
     more = {} if stage is None else {"stage": stage}
     rankfold.compress(model, text=ids, batch_size=2, work=work, **more, **settings)
@@ -67,6 +69,29 @@ def test_it_gives_the_bytes_of_an_uninterrupted_run(settings: dict[str, Any], tm
     found = compressed(tmp_path, **settings)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("sites", range(1, 9))
+def test_killed_between_sites_that_read_one_input(sites: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = METHODS["kfac"]
+    left = [sites]
+
+    def dies(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KilledError
+        assert method.ordered is not None
+        return method.ordered(*arguments)
+
+    # Narrow keys and values: alone their outputs would be measured, beside the queries their input is.
+    asked: dict[str, Any] = {"name": "llama_gqa", "dtype": torch.bfloat16, "keep": 0.6}
+    expected = compressed(None, **asked)
+    with monkeypatch.context() as patched:
+        patched.setitem(METHODS, "kfac", method._replace(ordered=dies))
+        with pytest.raises(KilledError):
+            compressed(tmp_path, **asked)
+    found = compressed(tmp_path, **asked)
+    assert all(torch.equal(found[part], expected[part]) for part in expected)
 
 
 @pytest.mark.parametrize(("name", "calls"), [("kfac", 10), ("svd", 7), ("whitened", 7)])
@@ -115,7 +140,7 @@ def test_a_journal_gives_back_what_was_put_in(tmp_path: Path) -> None:
     assert torch.equal(found.inputs.second, x)
     assert found.inputs[0] == 3
     assert found.inputs[3:] == (0.1, None, float("inf"))
-    assert found[1:] == (None, None, 0.5)
+    assert found[1:] == (None, None, 0.5, None)
     assert (again["b"][0].rounded[2, 64] == losses.rounded[2, 64]).all()
     assert again["b"][1:] == (None, "text", True)
     with pytest.raises(KeyError):
