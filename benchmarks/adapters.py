@@ -160,6 +160,8 @@ def adapters(bench: Bench, pair: Pair) -> dict[str, tuple[Path, dict[str, Any]]]
             save_adapters(adapted, tokenizer, folder, base=pair.base)
             stored = (folder / "adapter_model.safetensors").stat().st_size
             found[row] = folder, {"row": way, "rank": rank, "bytes": stored, "others": len(others)}
+            if "judge" in settings:
+                found[row][1]["judged"] = plan.calibration.get("measured", {})
             if known is both:
                 found[row][1].update(predicted=plan.predicted_loss, without=plan.calibration["loss_without"])
             print(pair.name, row, found[row][1], flush=True)

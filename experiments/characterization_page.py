@@ -116,7 +116,7 @@ def architectures() -> Iterator[str]:
         spreads += [ratios] if ratios[1:] else []
         depths.append(depth)
         shown = [f"{value:.1f}" for value in (depth.first, depth.last_three, depth.last)]
-        better = f"{depth.better} of {depth.blocks}"
+        better = f"{depth.better} of {depth.blocks}" if depth.blocks else "-"
         rows.append([f"{kind} ({model})", *shown, order[0], order[-1], better, together])
     header = ["model", "first", "last three", "last", "least sensitive", "most sensitive", "rank 1 is the better trade"]
     yield from table([*header, "together"], rows)

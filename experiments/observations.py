@@ -207,7 +207,7 @@ def observations() -> Iterator[str]:
     if study(REAL, "block"):
         first = depth_of(study(REAL, "block")).first
         yield (
-            f"Where the small models had misled: they exaggerate nothing at the ends (SmolLM2's first block costs {first:.0f} times the median one), but their benchmarks are at "
-            "chance, their pass@1 is zero, and their speed is that of calls; what was read from those says nothing of real models."
+            f"Where the small models had misled: not in depth, where SmolLM2's first block costs {first:.0f} times the median one, but in what they cannot do: their benchmarks are at "
+            "chance, their pass@1 is zero and their speed is that of calls, so what was read from those says nothing of real models."
         )
         yield ""

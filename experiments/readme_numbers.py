@@ -336,6 +336,11 @@ def adapters() -> list[str]:
             cells = [cell(f"{way}, the bytes of rank {rank}") for rank in ranks]
             lines.append(f"| {way} | " + " | ".join(cells) + " |")
         lines.append("")
+    if not any("judged" in r.context for r in records):
+        lines += [
+            "`rankfold adapt` chose its one rank by predicted losses when these rows were made; it measures a few ranks now.",
+            "",
+        ]
     shown = [r for r in records if r.name == "loss" and "llama_cpp_distance" in r.context]
     if shown:
         listed = ", ".join(f"{r.context['pair']} {r.context['llama_cpp_distance']:.1e}" for r in shown)

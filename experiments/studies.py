@@ -47,7 +47,7 @@ class Depth(NamedTuple):
     better: int
     """Blocks in which rank 1 costs less for each parameter removed than a quarter of the rank."""
     blocks: int
-    """Blocks of which both are known."""
+    """Blocks, where both are known of all."""
 
 
 def depth_of(found: Mapping[tuple[str, float], Record]) -> Depth:
@@ -55,7 +55,7 @@ def depth_of(found: Mapping[tuple[str, float], Record]) -> Depth:
     blocks = list(dict.fromkeys(group for group, _ in found))
     rises = [float(found[block, 0.0].value or 0) for block in blocks]
     middle = statistics.median(rises)
-    both = [block for block in blocks if (block, 0.25) in found]
+    both = blocks if all((block, 0.25) in found for block in blocks) else []
     better = sum(per_parameter(found[block, 0.0]) < per_parameter(found[block, 0.25]) for block in both)
     late = statistics.fmean(rises[-3:]) / middle
     return Depth(rises[0] / middle, late, rises[-1] / middle, rises[0] == max(rises), better, len(both))

@@ -111,6 +111,9 @@ def load_model(
         if dtype is not None:
             # bitsandbytes gives only what it had in few bits the dtype that was asked for.
             model = model.to(dtype)
+    if "gguf_file" in place:
+        # transformers names the folder, in which other files may lie.
+        model.name_or_path = model.config._name_or_path = str(source)
     keep_storage(model)
     if spread:
         model._weights_on_disk = folder  # as long as the model

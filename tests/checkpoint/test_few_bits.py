@@ -170,6 +170,7 @@ def test_a_gguf_file_is_read_through_transformers(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     loaded = load_model(tmp_path / "model.gguf", dtype=torch.float32, dense=True)
+    assert loaded.name_or_path == str(tmp_path / "model.gguf")
     assert loaded.few_bits == "GGUF"
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
