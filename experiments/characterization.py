@@ -4,8 +4,8 @@ The bundled Llama, and models of five other architectures trained on the same te
 `weights/stories260K`, `weights/all-MiniLM-L6-v2`, its SST-2 head, `data/wikitext2`, `data/sst2` and `data/tinystories`;
 without it only the bundled models are studied. `--only NAME ...` studies some. Tucker without data, as in the paper:
 all sites at falling ranks; one block, one tensor kind, one site at a time; three blocks ever further apart, in every
-place; ever more blocks. Trials of small models with their cost beside the dense one. Then tasks side by side, and three blocks at
-rank 1 beside the same blocks removed. Results: benchmarks/results/characterization-*.jsonl.
+place; ever more blocks. Trials of small models with their cost beside the dense one. Then tasks side by side, and three
+blocks at rank 1 beside the same blocks removed. Results: benchmarks/results/characterization-*.jsonl.
 """
 
 from __future__ import annotations
