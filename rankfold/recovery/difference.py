@@ -32,9 +32,6 @@ SAME = 0.005
 BYTES = 2
 """Bytes of a number of an adapter."""
 
-JUDGED = 4
-"""Ranks that one rank for all sites is chosen from by measuring, from the largest that every site can have."""
-
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 """`(B, A)` by site, of shapes (out, rank) and (rank, in)."""
 
@@ -184,7 +181,7 @@ def difference_plan(
         if judge is not None and not compact:
             fitting = [one for one in served if _everywhere(sites, losses, one) <= bytes]
             first = max(len(fitting) - 1, 0)
-            served = served[first : first + JUDGED]
+            served = served[first:]
         tried = [_within(sites, losses, bytes, step) for step in ([None] if compact else served)]
         tried = [options for options in tried if any(option.ranks[0] for option in options)]
         if not tried:
@@ -192,10 +189,15 @@ def difference_plan(
         if judge is None or len(tried) == 1:
             chosen = min(tried, key=lambda options: sum(option.loss or 0.0 for option in options))
         else:
-            remaining = [judge(cut(options)) for options in tried]
+            # Ever larger ranks at ever fewer sites, from what all can have, until that helps no more.
+            remaining: list[float] = []
+            for options in tried:
+                remaining.append(judge(cut(options)))
+                if remaining[-1] > min(remaining):
+                    break
             chosen = tried[remaining.index(min(remaining))]
             facts["measured"] = {
-                max(o.ranks[0] for o in found): left for found, left in zip(tried, remaining, strict=True)
+                max(o.ranks[0] for o in found): left for found, left in zip(tried, remaining, strict=False)
             }
     factors = cut(chosen)
     plan = Plan(
